@@ -1,0 +1,79 @@
+"""``winnow demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from winnow_jobs.cli.main import Call
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  winnow demo                                # photographs that ship inside packages, in a local S3 bucket
+  winnow demo --images ~/Pictures            # your own
+  winnow demo --images s3://bucket/prefix --folder ./my-demo
+"""
+)
+@click.option("--images", help="A folder or URL with your own images instead of the photographs.")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("winnow-demo"),
+    show_default=True,
+    help="The demo's workspace.",
+)
+@click.pass_obj
+def command(call: Call, images: str | None, folder: Path) -> None:
+    """Ingest, predict and query from nothing: the main job on real photographs, or on your own images."""
+    from winnow_jobs.cli.output import print_predict, print_table
+    from winnow_jobs.demo import fetch_weights, prepare
+
+    if images is not None and "://" not in images:
+        images = str(Path(images).expanduser().absolute())
+    click.secho("1 · a workspace", bold=True)
+    workspace, source = prepare(folder.absolute(), images, click.echo)
+    click.echo(f"workspace    {folder}/winnow.toml, warehouse in {folder}/warehouse")
+    fetch_weights(click.echo)
+
+    click.secho(f"\n2 · winnow ingest {source}", bold=True)
+    ingested = workspace.ingest([source])
+    click.echo(str(ingested))
+
+    click.secho("\n3 · winnow predict", bold=True)
+    print_predict(workspace.predict())
+
+    click.secho("\n4 · the results", bold=True)
+    print_table(
+        workspace.query(
+            "SELECT regexp_extract(uri, '[^/]*$') AS image, label, round(confidence, 3) AS confidence, "
+            "round(margin, 3) AS margin, round(entropy, 2) AS entropy FROM latest_predictions ORDER BY confidence DESC LIMIT 20"
+        ),
+        "table",
+    )
+    click.secho("\n5 · the failures: a bad image costs only its own row", bold=True)
+    print_table(
+        workspace.query("SELECT regexp_extract(uri, '[^/]*$') AS image, stage, error, message FROM failures LIMIT 20"),
+        "table",
+    )
+    _say_what_next(folder, images)
+
+
+def _say_what_next(folder: Path, images: str | None) -> None:
+    click.secho("\nWhat to look at next", bold=True)
+    winnow = "../.venv/bin/winnow" if (Path(".venv/bin/winnow")).exists() and folder.parent == Path() else "winnow"
+    for text, line in (
+        ("go there", f"cd {folder}"),
+        ("again: nothing is pending, so it ends at once", f"{winnow} predict"),
+        ("any question", f'{winnow} query "SELECT label, count(*) FROM predictions GROUP BY 1"'),
+        ("what each run did, and what bounded it", f"{winnow} runs"),
+        (
+            "the doubtful ones first",
+            f'{winnow} query "SELECT uri, label, top5 FROM latest_predictions ORDER BY margin"',
+        ),
+        ("is all well here?", f"{winnow} doctor"),
+        *([] if images else [("stop the S3 server", f"{winnow} services down")]),
+    ):
+        click.echo(f"  {line:<88} # {text}" if len(line) < 88 else f"  {line}\n{'':<90} # {text}")

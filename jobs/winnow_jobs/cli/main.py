@@ -1,0 +1,105 @@
+"""The ``winnow`` command: options common to all, exit codes, and one message instead of a traceback.
+
+Exit codes: 0 done, 1 the job failed, 2 the call was wrong, 130 stopped with Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import click
+
+from winnow import __version__
+from winnow.errors import WinnowError
+
+_COMMANDS = {
+    "init": "Write a commented winnow.toml and create the warehouse.",
+    "ingest": "Make images known: folders, buckets, lists, manifests.",
+    "predict": "Answer every pending image exactly once.",
+    "query": "Ask the tables with SQL.",
+    "export": "Write results for other engines: Parquet, CSV, COCO.",
+    "runs": "List, show, resume or abandon runs.",
+    "doctor": "Check this machine, the configuration and the storage.",
+    "services": "Start, stop or show the local S3 server.",
+    "demo": "The main job on real photographs, from nothing.",
+}
+
+
+class Call:
+    """What a subcommand gets: the configuration's path, and the workspace once it is asked for."""
+
+    def __init__(self, config_path: Path) -> None:
+        self.config_path = config_path
+
+    @cached_property
+    def workspace(self) -> Any:
+        """The workspace of the configuration; read only by commands that need it."""
+        from winnow_jobs.workspace import Workspace
+
+        return Workspace(self.config_path)
+
+
+class _Group(click.Group):
+    """Loads a subcommand's module only when it is called, so that ``winnow --help`` is quick."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"winnow_jobs.cli.{name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    default=Path("winnow.toml"),
+    envvar="WINNOW_CONFIG",
+    show_default=True,
+    help="The configuration file.",
+)
+@click.option("-v", "--verbose", count=True, help="Log more; twice for debugging.")
+@click.version_option(__version__, prog_name="winnow")
+@click.pass_context
+def cli(ctx: click.Context, config_path: Path, verbose: int) -> None:
+    """Winnow turns a bucket of images into tables that anyone can query."""
+    level = [logging.INFO if not sys.stderr.isatty() else logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)]
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    for name in ("winnow", "winnow_connectors", "winnow_jobs"):
+        logging.getLogger(name).setLevel(level)
+    ctx.obj = Call(config_path)
+
+
+def main() -> None:
+    """Run the command line; the entry point of ``winnow``."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except (click.Abort, KeyboardInterrupt):
+        print("\nwinnow: stopped; nothing half-done is visible. Run the same command to continue.", file=sys.stderr)
+        code = 130
+    except WinnowError as error:
+        print(f"winnow: {error}", file=sys.stderr)
+        code = error.exit_code
+    except BrokenPipeError:
+        # The reader of our output went away (`winnow query … | head`): not an error of ours.
+        sys.stderr.close()
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,123 @@
+"""What a predict run does: everything that its workers need to know, and nothing secret. Part of the plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from winnow.config import Precision, PredictConfig
+from winnow.images import DecodeLimits, View
+from winnow.models.references import ResolvedModel
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task of the run: its model, and which of the run's views feeds it."""
+
+    kind: str
+    model: ResolvedModel
+    view_index: int
+    store_probabilities: bool
+
+
+@dataclass(frozen=True)
+class PredictSpec:
+    """Tasks, and how images are read.
+
+    Attributes:
+        tasks: by name.
+        precision: of the models' arithmetic, as asked.
+        batch_size: images per table between the stages and per forward pass.
+        chunk_rows: images per file of the plan.
+        fragment_rows: images per written file.
+        max_bytes_in_flight: compressed bytes held at once by one fetching actor.
+        asked: what narrowed the plan (``where``, ``limit``, ``new``, ``retry_failures``).
+    """
+
+    tasks: Mapping[str, TaskSpec]
+    precision: Precision
+    batch_size: int
+    chunk_rows: int
+    fragment_rows: int
+    fetch_concurrency: int
+    fetch_timeout_s: float
+    retry_timeout_s: float
+    image_timeout_s: float
+    max_bytes: int
+    max_pixels: int
+    max_failure_share: float
+    scaled_decoding: bool
+    asked: Mapping[str, Any]
+    max_bytes_in_flight: int = 512_000_000
+
+    def views(self) -> tuple[View, ...]:
+        """The distinct views of all models, in the order of ``TaskSpec.view_index``."""
+        return distinct_views([task.model for task in self.tasks.values()])
+
+    def limits(self) -> DecodeLimits:
+        return DecodeLimits(max_bytes=self.max_bytes, max_pixels=self.max_pixels, timeout_s=self.image_timeout_s)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = dict(vars(self))
+        values["tasks"] = {
+            name: {**vars(task), "model": json.loads(task.model.to_json())} for name, task in self.tasks.items()
+        }
+        return values
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        tasks = {
+            name: TaskSpec(**{**task, "model": ResolvedModel.from_json(json.dumps(task["model"]))})
+            for name, task in data["tasks"].items()
+        }
+        return cls(**{**data, "tasks": tasks})
+
+    def answers_digest_source(self) -> dict[str, Any]:
+        """The part that decides the answers: two calls with the same part may share one run."""
+        values = self.to_dict()
+        kept = ("tasks", "precision", "scaled_decoding", "max_bytes", "max_pixels", "asked")
+        return {key: values[key] for key in kept}
+
+
+def distinct_views(models: list[ResolvedModel]) -> tuple[View, ...]:
+    """Each distinct view once, in order of first use."""
+    return tuple(dict.fromkeys(model.view for model in models))
+
+
+def make_spec(
+    config: PredictConfig,
+    tasks: Mapping[str, tuple[str, ResolvedModel, bool]],
+    *,
+    batch_size: int,
+    chunk_rows: int,
+    fragment_rows: int,
+    asked: Mapping[str, Any],
+) -> PredictSpec:
+    """The specification of a run.
+
+    Args:
+        config: the ``[predict]`` section.
+        tasks: kind, resolved model and store_probabilities, by task name.
+    """
+    views = distinct_views([model for _, model, _ in tasks.values()])
+    return PredictSpec(
+        tasks={
+            name: TaskSpec(kind, model, views.index(model.view), store)
+            for name, (kind, model, store) in sorted(tasks.items())
+        },
+        precision=config.precision,
+        batch_size=batch_size,
+        chunk_rows=chunk_rows,
+        fragment_rows=fragment_rows,
+        fetch_concurrency=config.fetch_concurrency,
+        fetch_timeout_s=config.fetch_timeout_s,
+        retry_timeout_s=config.retry_timeout_s,
+        image_timeout_s=config.image_timeout_s,
+        max_bytes=config.max_bytes,
+        max_pixels=config.max_pixels,
+        max_failure_share=config.max_failure_share,
+        scaled_decoding=config.scaled_decoding,
+        asked=asked,
+    )

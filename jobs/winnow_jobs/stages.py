@@ -1,0 +1,392 @@
+"""The three stages of predict, as plain callables on Arrow tables: fetch and decode, infer, write.
+
+Ray runs them (see ``pipeline``), but nothing here knows Ray. One row per image flows from stage to stage; pixels
+travel as uint8 in fixed-size lists and end at the model. A failed image is a row like any other, with null pixels
+replaced by zeros and its ``error`` set.
+
+Columns between the stages::
+
+    position   int64        place in the plan
+    asked      int64        bit i is set when the i-th task (by name) asks this image
+    image_id   string
+    stage, error, message   set when the image failed
+    sha256, num_bytes, format, width, height    what is known of the source
+    fetch_s, decode_s       seconds: waiting for storage; CPU of decoding
+    pixels_<i>              uint8[H·W·3], one per distinct view; dropped by infer
+    answer_<task>           struct, null when failed; added by infer
+    infer_s, infer_cpu_s    seconds of the image's share of its batch; added by infer
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from winnow.answers import classification_answers
+from winnow.batches import Marker, Ranges, add_up, to_ranges
+from winnow.decoders import Decoded, DecoderPool
+from winnow.errors import FAILURE_KINDS, FetchError, ImageError, InferenceError, StoppedError
+from winnow.images import View
+from winnow.models.loading import load
+from winnow_connectors.ledger import Run
+from winnow_connectors.object_store import ObjectStores
+from winnow_jobs.spec import PredictSpec
+
+Report = Callable[..., str | None]
+"""Called with ``read=``, ``failed=``, ``systemic=`` or ``answered=`` counts; answers the reason to stop, if any."""
+
+_META: tuple[tuple[str, pa.DataType], ...] = (
+    ("position", pa.int64()),
+    ("asked", pa.int64()),
+    ("image_id", pa.string()),
+    ("stage", pa.string()),
+    ("error", pa.string()),
+    ("message", pa.string()),
+    ("sha256", pa.string()),
+    ("num_bytes", pa.int64()),
+    ("format", pa.string()),
+    ("width", pa.int32()),
+    ("height", pa.int32()),
+    ("fetch_s", pa.float64()),
+    ("decode_s", pa.float64()),
+)
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """One image after fetching and decoding."""
+
+    row: Mapping[str, Any]
+    views: tuple[NDArray[np.uint8], ...] | None
+
+
+class FetchDecode:
+    """Reads and decodes the images of plan chunks, many at a time, into tables of ``spec.batch_size`` rows.
+
+    Args:
+        spec: what the run does.
+        run: the open run, for its plan.
+        stores: access to the images.
+        report: told about every table; a returned reason stops the run.
+        num_decoders: decoder processes.
+    """
+
+    def __init__(self, spec: PredictSpec, run: Run, stores: ObjectStores, report: Report, *, num_decoders: int) -> None:
+        self._spec = spec
+        self._run = run
+        self._stores = stores
+        self._report = report
+        self._decoders = DecoderPool(
+            num_decoders, limits=spec.limits(), views=spec.views(), scaled=spec.scaled_decoding
+        )
+        # Shared by the chunks that are under way at once.
+        self._slots = asyncio.Semaphore(spec.fetch_concurrency)
+        self._budget = _ByteBudget(spec.max_bytes_in_flight)
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="winnow-fetch", daemon=True).start()
+
+    def __call__(self, chunks: pa.Table) -> Iterator[pa.Table]:
+        for chunk in chunks.to_pylist():
+            ranges = tuple((start, stop) for start, stop in zip(chunk["starts"], chunk["stops"], strict=True))
+            rows = read_plan_chunk(self._run, chunk["chunk"], ranges)
+            yield from self._tables(rows)
+
+    def _tables(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[pa.Table]:
+        done: queue.SimpleQueue[_Answered | BaseException | None] = queue.SimpleQueue()
+        work = asyncio.run_coroutine_threadsafe(self._answer_all(rows, done), self._loop)
+        work.add_done_callback(lambda future: done.put(_exception_of(future)))
+        try:
+            batch: list[_Answered] = []
+            while (answered := done.get()) is not None:
+                if isinstance(answered, BaseException):
+                    raise answered
+                batch.append(answered)
+                if len(batch) >= self._spec.batch_size:
+                    yield self._table(batch)
+                    batch = []
+            if batch:
+                yield self._table(batch)
+        finally:
+            work.cancel()
+
+    async def _answer_all(self, rows: Sequence[Mapping[str, Any]], done: queue.SimpleQueue[Any]) -> None:
+        async def one(row: Mapping[str, Any]) -> None:
+            size = row["size"] if row["size"] is not None else 1_000_000
+            async with self._slots:
+                held = await self._budget.take(size)
+                try:
+                    done.put(await self._answer(row))
+                finally:
+                    await self._budget.give(held)
+
+        async with asyncio.TaskGroup() as group:
+            for row in rows:
+                group.create_task(one(row))
+
+    async def _answer(self, row: Mapping[str, Any]) -> _Answered:
+        meta: dict[str, Any] = {name: row[name] for name in ("position", "asked", "image_id")}
+        started = time.perf_counter()
+        try:
+            data = await self._stores.read(
+                row["uri"], version=row["version"], max_bytes=self._spec.max_bytes, size=row["size"]
+            )
+        except FetchError as error:
+            meta["fetch_s"] = time.perf_counter() - started
+            return _Answered(meta | _failure(error), None)
+        meta["fetch_s"] = time.perf_counter() - started
+        meta["num_bytes"] = len(data)
+        decoded: Decoded = await asyncio.wrap_future(self._decoders.submit(data))
+        meta |= {"sha256": decoded.sha256, "decode_s": decoded.decode_s}
+        if decoded.image is None:
+            assert decoded.error is not None
+            return _Answered(meta | _failure(decoded.error), None)
+        image = decoded.image
+        meta |= {"format": image.format, "width": image.width, "height": image.height}
+        return _Answered(meta, image.views)
+
+    def _table(self, batch: Sequence[_Answered]) -> pa.Table:
+        columns: dict[str, pa.Array] = {
+            name: pa.array([answered.row.get(name) for answered in batch], type=kind) for name, kind in _META
+        }
+        for index, view in enumerate(self._spec.views()):
+            columns[f"pixels_{index}"] = _pixel_column(batch, index, view)
+        errors = [answered.row["error"] for answered in batch if answered.row.get("error")]
+        reason = self._report(
+            read=len(batch), failed=len(errors), systemic=sum(FAILURE_KINDS[kind].systemic for kind in errors)
+        )
+        if reason:
+            raise StoppedError(reason)
+        return pa.table(columns)
+
+
+class Infer:
+    """Answers every task for tables of decoded images; holds all the models of the run.
+
+    Args:
+        spec: what the run does.
+        stores: access to checkpoints given by URL.
+        report: told how many images were answered.
+        device: ``cpu`` or ``cuda``.
+        num_threads: torch threads on CPU.
+    """
+
+    def __init__(
+        self, spec: PredictSpec, stores: ObjectStores, report: Report, *, device: str, num_threads: int
+    ) -> None:
+        import torch
+
+        if device == "cpu":
+            torch.set_num_threads(num_threads)
+        self._spec = spec
+        self._report = report
+        self._models = {
+            name: load(task.model, device=device, precision=spec.precision, fetch=stores.download) for name, task in spec.tasks.items()
+        }
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        started, cpu_started = time.perf_counter(), time.process_time()
+        readable = np.array(pc.is_null(table["error"]))
+        asked = table["asked"].to_numpy()
+        images = [_images_NHWC(table, index, view) for index, view in enumerate(self._spec.views())]
+        answers: dict[str, pa.Array] = {}
+        for bit, (name, task) in enumerate(self._spec.tasks.items()):
+            rows = np.flatnonzero(readable & (asked >> bit & 1).astype(bool))
+            found = self._answers(name, images[task.view_index][rows])
+            where = np.full(table.num_rows, -1, dtype=np.int64)
+            where[rows] = np.arange(len(rows))
+            answers[f"answer_{name}"] = found.take(pa.array(where, mask=where < 0))
+        elapsed, cpu = time.perf_counter() - started, time.process_time() - cpu_started
+        result = table.drop_columns([name for name in table.column_names if name.startswith("pixels_")])
+        for column, values in answers.items():
+            result = result.append_column(column, values)
+        share = readable / max(1, readable.sum())
+        result = result.append_column("infer_s", pa.array(share * elapsed))
+        result = result.append_column("infer_cpu_s", pa.array(share * cpu))
+        self._report(answered=table.num_rows)
+        return result
+
+    def _answers(self, name: str, images_NHWC: NDArray[np.uint8]) -> pa.StructArray:
+        task = self._spec.tasks[name]
+        classes = task.model.classes
+        if len(images_NHWC):
+            probabilities_NC = self._models[name].predict(images_NHWC)
+        else:
+            probabilities_NC = np.zeros((0, len(classes)), dtype=np.float32)
+        return classification_answers(probabilities_NC, classes, store_probabilities=task.store_probabilities)
+
+
+class BatchWriter:
+    """Writes the rows of a batch to every table of the run, then its marker."""
+
+    def __init__(self, spec: PredictSpec, run: Run, report: Report, *, attempt: str, generation: int) -> None:
+        self._spec = spec
+        self._run = run
+        self._report = report
+        self._attempt = attempt
+        self._generation = generation
+
+    def write(self, table: pa.Table) -> Marker:
+        """Write one batch; its rows count once the marker is recorded."""
+        started = time.perf_counter()
+        now = datetime.now(UTC)
+        fragments, counts = [], []
+        for bit, name in enumerate(self._spec.tasks):
+            asked = table.filter(pa.array((table["asked"].to_numpy() >> bit & 1).astype(bool)))
+            if not asked.num_rows:
+                continue
+            outcomes = self._outcomes(asked, name, now)
+            fragments.append(self._run.stage("outcomes", outcomes))
+            answered = asked.filter(pc.is_valid(asked[f"answer_{name}"]))
+            if answered.num_rows:
+                rows = pa.Table.from_struct_array(answered[f"answer_{name}"].combine_chunks())
+                rows = self._keyed(rows, answered["image_id"], name, now)
+                fragments.append(self._run.stage("predictions", rows))
+            failed = outcomes.filter(pc.equal(outcomes["status"], "failed"))
+            counts.append({f"answered.{name}": answered.num_rows, f"failed.{name}": failed.num_rows})
+            counts.append(
+                {f"error.{entry['values']}": entry["counts"] for entry in failed["error"].value_counts().to_pylist()}
+            )
+        total = add_up(counts)
+        seconds = {
+            stage: float(pc.sum(table[column]).as_py() or 0.0)
+            for stage, column in (
+                ("fetching", "fetch_s"),
+                ("decoding", "decode_s"),
+                ("inference", "infer_s"),
+                ("inference_cpu", "infer_cpu_s"),
+            )
+        }
+        seconds["writing"] = time.perf_counter() - started
+        systemic = sum(
+            int(value)
+            for key, value in total.items()
+            if key.startswith("error.") and FAILURE_KINDS[key.removeprefix("error.")].systemic
+        )
+        marker = Marker(
+            ranges=to_ranges(table["position"].to_numpy()),
+            fragments=tuple(fragments),
+            attempt=self._attempt,
+            generation=self._generation,
+            counts={key: int(value) for key, value in total.items()},
+            num_systemic=systemic,
+            seconds=seconds,
+        )
+        self._run.mark(marker)
+        reason = self._report(written=table.num_rows)
+        if reason:
+            raise StoppedError(reason)
+        return marker
+
+    def _outcomes(self, table: pa.Table, task: str, now: datetime) -> pa.Table:
+        unanswered = pc.is_null(table[f"answer_{task}"])
+        unread = pc.is_valid(table["error"])
+        # Read well but without a finite answer: the model's fault, for this task only.
+        refused = pc.and_(unanswered, pc.invert(unread))
+        error = InferenceError("not_finite", "the model answered NaN or infinity for this image; check its weights")
+
+        def either(column: str, value: str) -> pa.ChunkedArray:
+            return pc.if_else(refused, pa.scalar(value), table[column])
+
+        kinds = either("error", error.kind)
+        retryable = [None if kind is None else FAILURE_KINDS[kind].retryable for kind in kinds.to_pylist()]
+        rows = pa.table(
+            {
+                "status": pc.if_else(unanswered, pa.scalar("failed"), pa.scalar("answered")),
+                "stage": either("stage", error.stage),
+                "error": kinds,
+                "message": either("message", error.message),
+                "retryable": pa.array(retryable, type=pa.bool_()),
+                **{name: table[name] for name in ("sha256", "num_bytes", "format", "width", "height")},
+            }
+        )
+        return self._keyed(rows, table["image_id"], task, now)
+
+    def _keyed(self, rows: pa.Table, image_ids: pa.ChunkedArray, task: str, now: datetime) -> pa.Table:
+        num = rows.num_rows
+        keys = {
+            "image_id": image_ids,
+            "task": pa.repeat(pa.scalar(task), num),
+            "model": pa.repeat(pa.scalar(self._spec.tasks[task].model.id), num),
+            "run": pa.repeat(pa.scalar(self._run.run_id), num),
+            "at": pa.repeat(pa.scalar(now, type=pa.timestamp("us", tz="UTC")), num),
+        }
+        for name, values in keys.items():
+            rows = rows.append_column(name, values)
+        return rows
+
+
+def read_plan_chunk(run: Run, chunk: int, ranges: Ranges) -> list[dict[str, Any]]:
+    """Rows of one chunk of the plan that lie in the ranges, as dicts with their ``position``."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(pa.BufferReader(run.store.get(run.key(f"plan/{chunk:06d}.parquet"))))
+    first = table["position"][0].as_py()
+    return [row for start, stop in ranges for row in table.slice(start - first, stop - start).to_pylist()]
+
+
+def _exception_of(future: Future[None]) -> BaseException | None:
+    """What ended the work early, if anything: the end mark of the queue."""
+    return None if future.cancelled() else future.exception()
+
+
+def _failure(error: ImageError) -> dict[str, Any]:
+    return {"stage": error.stage, "error": error.kind, "message": error.message}
+
+
+def _view_shape(view: View) -> tuple[int, int]:
+    size = view.crop or view.resize
+    if not isinstance(size, tuple):
+        raise ValueError(f"{view} does not give pixels of one fixed size")
+    return size
+
+
+def _pixel_column(batch: Sequence[_Answered], index: int, view: View) -> pa.FixedSizeListArray:
+    height, width = _view_shape(view)
+    pixels_NHWC = np.zeros((len(batch), height, width, 3), dtype=np.uint8)
+    for row, answered in enumerate(batch):
+        if answered.views is not None:
+            pixels_NHWC[row] = answered.views[index]
+    return pa.FixedSizeListArray.from_arrays(pa.array(pixels_NHWC.reshape(-1)), height * width * 3)
+
+
+def _images_NHWC(table: pa.Table, index: int, view: View) -> NDArray[np.uint8]:
+    """Pixels of a view as one uint8 array (N, H, W, 3)."""
+    height, width = _view_shape(view)
+    column = table[f"pixels_{index}"].combine_chunks()
+    if isinstance(column, pa.ChunkedArray):
+        column = pa.concat_arrays(column.chunks)
+    flat: NDArray[np.uint8] = column.flatten().to_numpy()
+    return flat.reshape(-1, height, width, 3)
+
+
+class _ByteBudget:
+    """Bounds the bytes of images in flight. One image larger than the whole budget passes alone."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._used = 0
+        self._changed = asyncio.Condition()
+
+    async def take(self, size: int) -> int:
+        size = min(size, self._limit)
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._used + size <= self._limit)
+            self._used += size
+        return size
+
+    async def give(self, size: int) -> None:
+        async with self._changed:
+            self._used -= size
+            self._changed.notify_all()

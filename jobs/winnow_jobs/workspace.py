@@ -1,0 +1,154 @@
+"""A folder with a ``winnow.toml``: the verbs of the command line as Python functions.
+
+::
+
+    from winnow_jobs import Workspace
+
+    ws = Workspace("winnow.toml")
+    ws.ingest(["s3://photos/2026/"])
+    ws.predict()
+    ws.query("SELECT label, count(*) FROM predictions GROUP BY 1").to_pandas()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from winnow.config import Config, TaskConfig, load_config
+from winnow_connectors.object_store import ObjectStores
+from winnow_connectors.warehouse import Warehouse
+
+if TYPE_CHECKING:
+    from winnow.models.references import ResolvedModel
+    from winnow_connectors.query import QueryEngine
+    from winnow_jobs.ingest import IngestResult
+    from winnow_jobs.predict import PredictResult
+
+
+class Workspace:
+    """Configuration and warehouse of one project.
+
+    Args:
+        config_path: the ``winnow.toml``; relative paths inside it start at its folder.
+        num_cpus: CPUs of a Ray cluster started by a job; all of the machine's when None.
+
+    Raises:
+        ConfigError: the configuration is missing or faulty.
+    """
+
+    def __init__(self, config_path: str | Path = "winnow.toml", *, num_cpus: int | None = None) -> None:
+        self.config_path = Path(config_path).absolute()
+        self.folder = self.config_path.parent
+        self.config: Config = load_config(self.config_path)
+        self.num_cpus = num_cpus
+
+    def __repr__(self) -> str:
+        return f"Workspace({str(self.config_path)!r})"
+
+    @cached_property
+    def stores(self) -> ObjectStores:
+        """Access to images and warehouse."""
+        predict = self.config.predict
+        return ObjectStores(
+            self.config.storage,
+            self.folder,
+            fetch_timeout_s=predict.fetch_timeout_s,
+            retry_timeout_s=predict.retry_timeout_s,
+        )
+
+    @cached_property
+    def warehouse(self) -> Warehouse:
+        """Tables and runs."""
+        uri = self.config.warehouse.uri
+        return Warehouse(uri if "://" in uri else (self.folder / uri).as_uri(), self.stores)
+
+    @property
+    def cache_folder(self) -> Path:
+        """Local files that can be made again at any time."""
+        return self.folder / ".winnow"
+
+    def resolve_model(self, task: TaskConfig) -> ResolvedModel:
+        """The exact model version that a task's reference means now."""
+        from winnow.models.references import resolve_cached
+
+        return resolve_cached(
+            task,
+            cache_dir=self.cache_folder / "models",
+            base_dir=self.folder,
+            fetch=self.stores.download,
+            version=self.stores.version,
+        )
+
+    def init(self) -> bool:
+        """Create the warehouse. False when it was there already."""
+        return self.warehouse.create()
+
+    def ingest(self, sources: Sequence[str], **options: Any) -> IngestResult:
+        """Make the objects under the sources known; see ``winnow_jobs.ingest.ingest`` for the options."""
+        from winnow_jobs.ingest import ingest
+
+        return ingest(self, sources, **options)
+
+    def predict(
+        self,
+        tasks: Sequence[str] | None = None,
+        *,
+        where: str | None = None,
+        limit: int | None = None,
+        new: bool = False,
+        retry_failures: str | None = None,
+        dry_run: bool = False,
+    ) -> PredictResult:
+        """Answer every pending image exactly once; see ``winnow_jobs.predict``."""
+        from winnow_jobs.predict import Asked, predict
+
+        asked = Asked(where=where, limit=limit, new=new, retry_failures=retry_failures)
+        return predict(self, tasks, asked, dry_run=dry_run)
+
+    def resume(self, run_id: str) -> PredictResult:
+        """Finish an open predict run with the options that it was started with."""
+        from winnow_jobs.runs import resume
+
+        return resume(self, run_id)
+
+    def abandon(self, run_id: str) -> str:
+        """Give an open run up. Returns its final status: ``abandoned``, or ``finished`` when it was published first."""
+        from winnow_jobs.runs import abandon
+
+        return abandon(self, run_id)
+
+    def runs(self) -> pa.Table:
+        """All runs, newest first: those in the table ``runs`` and the open ones."""
+        from winnow_jobs.runs import list_runs
+
+        return list_runs(self)
+
+    def query_engine(self) -> QueryEngine:
+        """SQL over one snapshot of the tables."""
+        from winnow_connectors.query import QueryEngine
+
+        self.warehouse.check()
+        return QueryEngine(self.warehouse.tables)
+
+    def query(self, statement: str) -> pa.Table:
+        """Rows of a read-only SQL statement over tables and views.
+
+        Raises:
+            QueryError: the statement is wrong; the message has the engine's words and the columns there are.
+        """
+        return self.query_engine().sql(statement)
+
+    def query_reader(self, statement: str) -> pa.RecordBatchReader:
+        """As ``query``, streaming."""
+        return self.query_engine().reader(statement)
+
+    def export_results(self, to: str, **options: Any) -> Any:
+        """Write the view ``results`` to files; see ``winnow_jobs.export.export_results`` for the options."""
+        from winnow_jobs.export import export_results
+
+        return export_results(self.query_engine(), to, stores=self.stores, **options)

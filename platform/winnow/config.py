@@ -1,0 +1,290 @@
+"""``winnow.toml``: typed, frozen, validated as a whole.
+
+Every field carries its description: ``winnow init`` and ``docs/configuration.md`` are written from it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+
+from winnow.errors import CallError, ConfigError
+from winnow.uris import redact
+
+TaskName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class WarehouseConfig(_Section):
+    """Where the tables, plans and models live."""
+
+    uri: str = Field(
+        "./warehouse",
+        min_length=1,
+        description="Folder or object-store prefix (s3://bucket/prefix, gs://, az://). Relative paths start at winnow.toml.",
+    )
+
+
+class StorageConfig(_Section):
+    """How to reach the URLs that start with this section's name; the longest matching name wins.
+
+    Secrets never stand here: keys come from the environment (AWS_ACCESS_KEY_ID, …), a cloud profile, or the machine's role.
+    """
+
+    endpoint: str | None = Field(None, description="Address of an S3-compatible server, such as http://127.0.0.1:8333.")
+    region: str | None = Field(None, description="Region of the bucket; most S3-compatible servers accept any.")
+    profile: str | None = Field(None, description="Name of a profile in the AWS credentials file.")
+    credentials_file: str | None = Field(
+        None, description="AWS credentials file to read the profile from, instead of ~/.aws/credentials."
+    )
+    anonymous: bool = Field(False, description="Do not sign requests (public buckets).")
+
+    @field_validator("endpoint")
+    @classmethod
+    def _endpoint_is_http(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError("must start with http:// or https://")
+        if value is not None and "@" in value:
+            raise ValueError("must not hold credentials; use the environment or a profile")
+        return value
+
+
+class TaskConfig(_Section):
+    """Something to find out about every image."""
+
+    kind: Literal["classification"] = Field(
+        "classification", description="What the answer looks like. One of: classification."
+    )
+    model: str = Field(
+        min_length=1,
+        description=(
+            "Model reference: torchvision/NAME[@WEIGHTS], timm/NAME, or a checkpoint (.safetensors, .pth) "
+            "by path or URL; a checkpoint also needs architecture and classes."
+        ),
+    )
+    architecture: str | None = Field(
+        None, description="For a checkpoint: torchvision/NAME or timm/NAME whose weights the file holds."
+    )
+    classes: tuple[str, ...] | None = Field(
+        None, description="Class names in the order of the model's outputs. Known already for built-in weights."
+    )
+    store_probabilities: bool = Field(
+        False, description="Also store the whole probability vector of every image (predictions.probabilities)."
+    )
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _classes_from_list(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("classes")
+    @classmethod
+    def _classes_are_distinct(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is None:
+            return value
+        if len(value) < 2:
+            raise ValueError("needs at least two class names")
+        doubled = sorted({name for name in value if value.count(name) > 1})
+        if doubled:
+            raise ValueError(f"names must be distinct; given twice: {', '.join(doubled)}")
+        return value
+
+
+class IngestConfig(_Section):
+    """Which objects under a source are images to know about."""
+
+    include: tuple[str, ...] = Field(
+        ("*",), description="Keep only objects whose path matches one of these glob patterns."
+    )
+    exclude: tuple[str, ...] = Field(
+        (), description="Leave out objects whose path matches one of these glob patterns, such as '*.json'."
+    )
+    hidden: bool = Field(False, description="Also take names that start with a dot.")
+
+    @field_validator("include", "exclude", mode="before")
+    @classmethod
+    def _patterns_from_list(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class SplitsConfig(_Section):
+    """Shares given by hash when an image is first seen; never changed afterwards."""
+
+    train: Share = Field(0.8, description="Share of images for training.")
+    val: Share = Field(0.1, description="Share for validation and calibration.")
+    test: Share = Field(0.1, description="Share for measuring.")
+    audit: Share = Field(
+        0.02, description="Share of all images kept out of everything but honest statistics, across the three splits."
+    )
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> SplitsConfig:
+        total = self.train + self.val + self.test
+        if abs(total - 1.0) > 1e-9:
+            raise ValueError(f"train + val + test must be 1.0; they add up to {total:g}")
+        return self
+
+
+class PredictConfig(_Section):
+    """How predict runs. 0 or "auto" means: planned from what the cluster has."""
+
+    batch_size: int = Field(0, ge=0, le=65_536, description="Images per forward pass; 0 plans it.")
+    precision: Precision = Field("auto", description="One of auto, float32, bfloat16, float16 (GPU only).")
+    num_inference_workers: int = Field(
+        0, ge=0, description="Actors that hold the models; 0 plans one per GPU, or one per node."
+    )
+    num_decode_workers: int = Field(0, ge=0, description="Actors that fetch and decode; 0 plans them.")
+    decoders_per_worker: int = Field(
+        0, ge=0, le=256, description="Decoder processes in each of those actors; 0 plans them."
+    )
+    fetch_concurrency: int = Field(32, ge=1, le=4096, description="Requests in flight per fetching actor.")
+    fetch_timeout_s: float = Field(
+        60.0, gt=0, description="Longest silence while an object is read, and longest connect."
+    )
+    retry_timeout_s: float = Field(
+        120.0, ge=0, description="How long 5xx, throttling and refused connections are retried, with backoff."
+    )
+    image_timeout_s: float = Field(20.0, gt=0, description="Longest decoding of one image.")
+    max_bytes: int = Field(100_000_000, ge=1, description="Largest object that is read, in bytes.")
+    max_pixels: int = Field(
+        100_000_000, ge=1, description="Largest image that is decoded, in pixels, refused from its header."
+    )
+    scaled_decoding: bool = Field(
+        True,
+        description="Let JPEG decode at 1/2, 1/4 or 1/8 size when that is still at least twice what the model needs.",
+    )
+    max_failure_share: Share = Field(
+        0.2,
+        description="Stop unpublished when more than this share fails for reasons of access or storage, after 200 images.",
+    )
+    fragment_rows: int = Field(0, ge=0, le=1_000_000, description="Images per written file; 0 plans it, up to 20,000.")
+
+
+class Config(_Section):
+    """The whole of winnow.toml."""
+
+    warehouse: WarehouseConfig = Field(default_factory=WarehouseConfig)
+    storage: dict[str, StorageConfig] = Field(default_factory=dict)
+    tasks: dict[TaskName, TaskConfig] = Field(default_factory=dict)
+    ingest: IngestConfig = Field(default_factory=IngestConfig)
+    splits: SplitsConfig = Field(default_factory=SplitsConfig)
+    predict: PredictConfig = Field(default_factory=PredictConfig)
+
+    @field_validator("storage")
+    @classmethod
+    def _storage_names_are_urls(cls, value: dict[str, StorageConfig]) -> dict[str, StorageConfig]:
+        wrong = [name for name in value if "://" not in name]
+        if wrong:
+            raise ValueError(
+                f'section names are URL prefixes such as "s3://" or "s3://bucket"; not: {", ".join(wrong)}'
+            )
+        return value
+
+    def task(self, name: str) -> TaskConfig:
+        """The task of that name.
+
+        Raises:
+            CallError: no such task; the message lists those that exist.
+        """
+        try:
+            return self.tasks[name]
+        except KeyError:
+            known = ", ".join(sorted(self.tasks)) or "none; add a [tasks.NAME] section to winnow.toml"
+            raise CallError(f"task {name!r} is unknown; configured tasks: {known}") from None
+
+
+def load_config(path: Path) -> Config:
+    """Read and validate a configuration file.
+
+    Raises:
+        ConfigError: the file is missing, is not TOML, or has faults; the message lists every fault.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; `winnow init` writes one, or name another with --config") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    return parse_config(text, name=str(path))
+
+
+def parse_config(text: str, *, name: str = "winnow.toml") -> Config:
+    """Validate configuration text; ``name`` stands in the messages.
+
+    Raises:
+        ConfigError: not TOML, or faulty; the message lists every fault with key, value and what is valid.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{name} is not valid TOML: {error}") from None
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        faults = [_describe(fault) for fault in error.errors(include_url=False)]
+    raise ConfigError("\n".join([f"{name} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:", *faults]))
+
+
+def _describe(fault: Any) -> str:
+    """One line: key, value, what is valid."""
+    location = fault["loc"]
+    key = ".".join(_quote(part) for part in location)
+    kind, message, value = fault["type"], fault["msg"], fault.get("input")
+    if kind == "extra_forbidden":
+        return f"  {key}: unknown key{_did_you_mean(location)}"
+    if kind == "missing":
+        return f"  {key}: missing; {_lower(_description(location))}"
+    message = _lower(message.removeprefix("Value error, "))
+    if location[-1] == "[key]":
+        key = ".".join(_quote(part) for part in location[:-1])
+        return f"  {key}: a name starts with a lower-case letter and goes on with lower-case letters, digits and _, at most 63"
+    if isinstance(value, dict):
+        return f"  {key}: {message}"
+    shown = redact(value) if isinstance(value, str) else value
+    return f"  {key} = {shown!r}: {message}"
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _quote(part: int | str) -> str:
+    text = str(part)
+    return f'"{text}"' if not text.replace("_", "").replace("-", "").isalnum() else text
+
+
+def _section_class(location: tuple[int | str, ...]) -> type[_Section] | None:
+    """The section that the last part of a location belongs to."""
+    if len(location) == 1:
+        return Config
+    tables: dict[str, type[_Section]] = {"storage": StorageConfig, "tasks": TaskConfig}
+    first = str(location[0])
+    if first in tables:
+        return tables[first] if len(location) == 3 else None
+    field = Config.model_fields.get(first)
+    annotation = field.annotation if field else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, _Section) else None
+
+
+def _description(location: tuple[int | str, ...]) -> str:
+    section = _section_class(location)
+    field = section.model_fields.get(str(location[-1])) if section else None
+    return (field.description if field else None) or "this key is required"
+
+
+def _did_you_mean(location: tuple[int | str, ...]) -> str:
+    section = _section_class(location)
+    if section is None:
+        return ""
+    known = sorted(section.model_fields)
+    close = difflib.get_close_matches(str(location[-1]), known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; valid keys: {', '.join(known)}"

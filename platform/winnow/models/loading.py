@@ -1,0 +1,125 @@
+"""From a resolved model to one that answers: fetch the weights, verify their hash, build, load.
+
+Nothing is unpickled: torch.load runs with ``weights_only=True`` everywhere, torchvision's own loader included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from winnow.config import Precision
+from winnow.errors import JobError
+from winnow.models.architectures import build, torchvision_weights
+from winnow.models.checkpoints import check_state_dict, read_state_dict, sha256_of
+from winnow.models.classifiers import Classifier
+from winnow.models.downloads import hub_file, torch_hub_file
+from winnow.models.references import Fetch, ResolvedModel, read_checkpoint
+
+if TYPE_CHECKING:
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+
+_HUB_LOCATION = re.compile(r"hf://(?P<repo>[^@]+)@(?P<commit>[^/]+)/(?P<file>.+)")
+
+
+def load(
+    resolved: ResolvedModel, *, device: str = "cpu", precision: Precision = "auto", fetch: Fetch | None = None
+) -> Classifier:
+    """The model, ready to answer on a device.
+
+    Args:
+        resolved: what ``resolve`` found.
+        device: as torch names it: ``cpu``, ``cuda``, ``cuda:1``.
+        precision: of the arithmetic; ``auto`` is bfloat16 on CUDA devices that have it, else float32.
+        fetch: reads checkpoints given by URL.
+
+    Raises:
+        CallError: the device or precision is not available here, or a checkpoint cannot be used.
+        JobError: the weights cannot be had, or are not those that were resolved.
+    """
+    return Classifier(load_network(resolved, fetch=fetch), resolved, device=device, precision=precision)
+
+
+def load_network(resolved: ResolvedModel, *, fetch: Fetch | None = None) -> nn.Module:
+    """The plain float32 network with its weights, on the CPU, in evaluation mode.
+
+    Raises:
+        CallError: a checkpoint cannot be used.
+        JobError: the weights cannot be had, or are not those that were resolved.
+    """
+    weights = obtain_weights(resolved, fetch=fetch)
+    if resolved.source == "checkpoint":
+        state = read_state_dict(weights, resolved.weights)
+        network = build(resolved.architecture, len(resolved.classes))
+        check_state_dict(network, state, resolved.weights, len(resolved.classes))
+        network.load_state_dict(state, strict=False)
+        return network.eval()
+    assert isinstance(weights, Path)
+    try:
+        with _weights_only():
+            return _load_published(resolved, weights).eval()
+    except (RuntimeError, pickle.UnpicklingError, KeyError, OSError) as error:
+        raise JobError(f"{weights} does not hold the weights of {resolved.id}: {error}") from None
+
+
+def obtain_weights(resolved: ResolvedModel, *, fetch: Fetch | None = None) -> Path | bytes:
+    """The weights file on this machine, downloaded if need be, with its hash verified.
+
+    Raises:
+        CallError: a checkpoint is not there.
+        JobError: the file cannot be downloaded, is damaged, or has changed since it was resolved.
+    """
+    weights: Path | bytes
+    if resolved.source == "checkpoint":
+        weights = read_checkpoint(resolved.location, fetch)
+    elif hub := _HUB_LOCATION.fullmatch(resolved.location):
+        weights = hub_file(hub["repo"], hub["file"], hub["commit"], resolved.id)
+    else:
+        return torch_hub_file(resolved.location, resolved.sha256, resolved.id)
+    found = sha256_of(weights)
+    if found != resolved.sha256:
+        raise JobError(
+            f"{resolved.location} has changed: its SHA-256 starts with {found[:12]}, not {resolved.sha256[:12]} as "
+            f"when {resolved.id} was resolved; start the job again"
+        )
+    return weights
+
+
+def _load_published(resolved: ResolvedModel, path: Path) -> nn.Module:
+    """Through the library's own loader, which knows what its weights need (renamed keys, auxiliary outputs)."""
+    name = resolved.architecture.partition("/")[2]
+    network: nn.Module
+    if resolved.source == "torchvision":
+        from torchvision.models import get_model
+
+        network = get_model(name, weights=torchvision_weights(name, resolved.weights), progress=False)
+        return network
+    import timm
+
+    full = f"{name}.{resolved.weights}" if resolved.weights else name
+    overlay = {"file": str(path), "custom_load": False}
+    network = timm.create_model(full, pretrained=True, pretrained_cfg_overlay=overlay)
+    return network
+
+
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    """torch.load refuses everything but tensors, whatever its caller asks for: torchvision asks for less."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

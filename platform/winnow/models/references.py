@@ -1,0 +1,312 @@
+"""From a model reference in winnow.toml to exact weights: which file, with which hash, and how to use it.
+
+``resolve_cached`` answers from a small JSON file the second time, without importing torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from winnow.config import TaskConfig
+from winnow.errors import CallError, ImageError
+from winnow.images import View
+from winnow.models.architectures import Preset, Triple, build, find_preset
+from winnow.models.checkpoints import SUFFIXES, check_state_dict, read_state_dict, sha256_of
+from winnow.models.downloads import hub_file
+
+logger = logging.getLogger(__name__)
+
+Fetch = Callable[[str], "bytes | Path"]
+"""Reads a URL: its bytes, or a local file that holds them."""
+
+_CACHE_FORMAT = 1
+"""Raised when what a reference resolves to changes its meaning; older cache files are then ignored."""
+
+_SECRET_QUERY = re.compile(r"(?i)(sig|signature|token|key|credential|password)[^=&]*=")
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """Exact weights and how to use them. Travels to workers as JSON.
+
+    Attributes:
+        id: value of the column ``model``: ``torchvision/NAME@WEIGHTS``, ``timm/NAME.TAG``, or ``FILE#HASH`` with the
+            first 12 digits of a checkpoint's SHA-256.
+        source: ``torchvision``, ``timm`` or ``checkpoint``.
+        architecture: ``torchvision/NAME`` or ``timm/NAME``.
+        weights: name of torchvision's weights, timm's tag, or the checkpoint's file name.
+        location: URL, ``hf://REPOSITORY@COMMIT/FILE``, or absolute path of a checkpoint.
+        sha256: of the weights file, hex; torchvision publishes the first digits only.
+        classes: names of the outputs, distinct, in order.
+        view: which pixels the network sees.
+        mean, std: normalisation of pixels in [0, 1], by channel R, G, B.
+    """
+
+    id: str
+    source: str
+    architecture: str
+    weights: str
+    location: str
+    sha256: str
+    classes: tuple[str, ...]
+    view: View
+    mean: Triple
+    std: Triple
+
+    def to_json(self) -> str:
+        """One line of JSON that ``from_json`` reads."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The model that ``to_json`` wrote.
+
+        Raises:
+            ValueError: the text is something else.
+        """
+        data = json.loads(text)
+        try:
+            view = data.pop("view")
+            resize, crop = view["resize"], view["crop"]
+            return cls(
+                **{
+                    **data,
+                    "classes": tuple(data["classes"]),
+                    "mean": tuple(data["mean"]),
+                    "std": tuple(data["std"]),
+                    "view": View(
+                        resize=tuple(resize) if isinstance(resize, list) else resize,
+                        crop=tuple(crop) if crop is not None else None,
+                        interpolation=view["interpolation"],
+                    ),
+                }
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a resolved model: {error!r}") from None
+
+
+def resolve(task: TaskConfig, *, base_dir: Path, fetch: Fetch | None = None) -> ResolvedModel:
+    """Find the weights of a task's model, and check that they can be used.
+
+    A checkpoint is read and compared with its architecture; a timm model's file is downloaded for its hash; of a
+    torchvision model nothing is downloaded, for its hash is published.
+
+    Args:
+        task: its ``model``, ``architecture`` and ``classes`` count.
+        base_dir: where relative paths start: the folder of winnow.toml.
+        fetch: reads checkpoints given by URL.
+
+    Raises:
+        CallError: unknown model, weights or scheme; not a classifier; a checkpoint that is not safe, is damaged or does
+            not fit; a wrong number of classes. The message says what is valid.
+        JobError: weights have to be downloaded and cannot be.
+    """
+    library = task.model.partition("/")[0]
+    if library not in ("torchvision", "timm"):
+        return _resolve_checkpoint(task, base_dir, fetch)
+    if task.architecture is not None:
+        raise CallError(f"architecture = {task.architecture!r} is for checkpoints only; {task.model!r} says it already")
+    preset = find_preset(task.model)
+    if preset.num_classes == 0:
+        raise CallError(f"{preset.reference} is not a classifier: its weights have no classes; choose another model")
+    if not (preset.url or preset.hub_id):
+        raise CallError(f"{preset.reference} has no published weights; give a checkpoint, and this as its architecture")
+    classes = _classes(preset, task)
+    location, sha256 = preset.url, preset.sha256
+    if preset.hub_id:
+        path = hub_file(preset.hub_id, "", "", preset.reference)
+        commit = path.parent.name if path.parent.parent.name == "snapshots" else "main"
+        location, sha256 = f"hf://{preset.hub_id}@{commit}/{path.name}", sha256_of(path)
+    return ResolvedModel(
+        id=preset.reference,
+        source=library,
+        architecture=preset.architecture,
+        weights=preset.weights,
+        location=location,
+        sha256=sha256,
+        classes=classes,
+        view=preset.view,
+        mean=preset.mean,
+        std=preset.std,
+    )
+
+
+def _classes(preset: Preset, task: TaskConfig) -> tuple[str, ...]:
+    """The task's names, else the preset's."""
+    if task.classes is None:
+        if not preset.classes:
+            raise CallError(f"the names of {preset.reference}'s {preset.num_classes} classes are unknown; give classes")
+        return preset.classes
+    if len(task.classes) != preset.num_classes:
+        raise CallError(
+            f"{len(task.classes)} classes are given, but {preset.reference} has {preset.num_classes} outputs; give as "
+            "many names, or leave classes out"
+        )
+    return task.classes
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def _resolve_checkpoint(task: TaskConfig, base_dir: Path, fetch: Fetch | None) -> ResolvedModel:
+    location, name = checkpoint_location(task.model, base_dir)
+    if task.architecture is None or task.classes is None:
+        lacking = [key for key in ("architecture", "classes") if getattr(task, key) is None]
+        raise CallError(
+            f"the checkpoint {task.model!r} lacks {' and '.join(lacking)}; give architecture (torchvision/NAME or "
+            "timm/NAME) and classes (names in the order of its outputs)"
+        )
+    preset = find_preset(task.architecture)
+    network = build(preset.architecture, len(task.classes))
+    source = read_checkpoint(location, fetch)
+    state = read_state_dict(source, name)
+    check_state_dict(network, state, name, len(task.classes))
+    sha256 = sha256_of(source)
+    return ResolvedModel(
+        id=f"{name}#{sha256[:12]}",
+        source="checkpoint",
+        architecture=preset.architecture,
+        weights=name,
+        location=location,
+        sha256=sha256,
+        classes=task.classes,
+        view=preset.view,
+        mean=preset.mean,
+        std=preset.std,
+    )
+
+
+def checkpoint_location(model: str, base_dir: Path) -> tuple[str, str]:
+    """URL or absolute path of a checkpoint, and its file name.
+
+    Raises:
+        CallError: the reference is no checkpoint's, or the URL holds credentials.
+    """
+    url = urlsplit(model) if "://" in model else None
+    name = (url.path if url else model).replace("\\", "/").rsplit("/", 1)[-1]
+    if not name.endswith(SUFFIXES):
+        raise CallError(
+            f"model {model!r} is unknown; write torchvision/NAME[@WEIGHTS], timm/NAME[.TAG], or the path or URL of a "
+            f"checkpoint ({', '.join(SUFFIXES)})"
+        )
+    if url is None:
+        return str((base_dir / Path(model).expanduser()).resolve()), name
+    if url.username or url.password or _SECRET_QUERY.search(url.query):
+        raise CallError(f"the URL of {name} holds credentials, which tables would show; take them from the environment")
+    return model, name
+
+
+def read_checkpoint(location: str, fetch: Fetch | None) -> Path | bytes:
+    """The file of a checkpoint, or its bytes.
+
+    Raises:
+        CallError: it is not there.
+    """
+    if "://" in location:
+        if fetch is None:
+            raise CallError(f"{location} cannot be read: nothing here reads URLs")
+        try:
+            return fetch(location)
+        except ImageError as error:
+            raise CallError(f"the checkpoint {location} cannot be read: {error}") from None
+    path = Path(location)
+    if not path.is_file():
+        raise CallError(f"the checkpoint {path} does not exist, or not on this machine; paths start at winnow.toml")
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------- the cache
+
+
+def resolve_cached(
+    task: TaskConfig,
+    *,
+    cache_dir: Path,
+    base_dir: Path,
+    fetch: Fetch | None = None,
+    version: Callable[[str], str] | None = None,
+) -> ResolvedModel:
+    """As ``resolve``, but answered from a file, without importing torch, when nothing has changed.
+
+    What counts is the reference, architecture, classes, the installed libraries, and of a checkpoint its size and time
+    (a path) or ``version`` (a URL).
+
+    Args:
+        task: its ``model``, ``architecture`` and ``classes`` count.
+        cache_dir: where the answers are kept; made when needed.
+        base_dir: where relative paths start: the folder of winnow.toml.
+        fetch: reads checkpoints given by URL.
+        version: what identifies the content of a URL, such as its etag. Without it URLs are resolved every time.
+
+    Raises:
+        CallError: as ``resolve``.
+        JobError: as ``resolve``.
+    """
+    stamp = _stamp(task, base_dir, version)
+    if stamp is None:
+        return resolve(task, base_dir=base_dir, fetch=fetch)
+    key = [
+        _CACHE_FORMAT,
+        task.model,
+        task.architecture,
+        task.classes,
+        _installed("torchvision"),
+        _installed("timm"),
+        stamp,
+    ]
+    path = cache_dir / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
+    try:
+        return ResolvedModel.from_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        logger.warning("ignoring %s: %s", path, error)
+    resolved = resolve(task, base_dir=base_dir, fetch=fetch)
+    try:
+        _write(path, resolved.to_json())
+    except OSError as error:
+        logger.warning("the resolved model %s cannot be kept in %s: %s", resolved.id, cache_dir, error)
+    return resolved
+
+
+def _stamp(task: TaskConfig, base_dir: Path, version: Callable[[str], str] | None) -> Any:
+    """What changes when the weights do; None when that cannot be told without reading them."""
+    if task.model.partition("/")[0] in ("torchvision", "timm"):
+        return ""
+    location, _ = checkpoint_location(task.model, base_dir)
+    if "://" in location:
+        return [location, version(location)] if version is not None else None
+    try:
+        found = Path(location).stat()
+    except OSError:
+        return None
+    return [location, found.st_size, found.st_mtime_ns]
+
+
+def _installed(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(partial).replace(path)
+    finally:
+        Path(partial).unlink(missing_ok=True)

@@ -1,0 +1,82 @@
+"""How sure a classifier is, from its probabilities alone.
+
+Shapes: ``logits_NC`` and ``probabilities_NC`` (N, C), one row per image; results (N,) or (N, k). float32 throughout.
+A row of NaN, which is what ``softmax`` makes of logits that are not all finite, gives NaN everywhere.
+
+Least confidence, margin and entropy are the three measures of Settles, "Active Learning Literature Survey"
+(2009), section 3.1, stated there as what to ask people about.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating[Any]]
+Float32s = NDArray[np.float32]
+
+
+def softmax(logits_NC: Floats) -> Float32s:
+    """Probabilities, float32 (N, C), rows sum to 1. A row with a logit that is NaN or infinite is NaN throughout.
+
+    ``exp(z_i) / Σ exp(z_j)`` with the row's maximum subtracted first (Goodfellow et al., "Deep Learning", section 4.1).
+    """
+    logits_NC = np.asarray(logits_NC, dtype=np.float32)
+    finite_N = is_answered(logits_NC)
+    safe_NC = np.where(finite_N[:, None], logits_NC, np.float32(0))
+    powers_NC = np.exp(safe_NC - safe_NC.max(axis=1, keepdims=True))
+    probabilities_NC: Float32s = powers_NC / powers_NC.sum(axis=1, keepdims=True)
+    probabilities_NC[~finite_N] = np.nan
+    return probabilities_NC
+
+
+def is_answered(probabilities_NC: Floats) -> NDArray[np.bool_]:
+    """True for the rows that are finite throughout, bool (N,). The others are failures ``not_finite``."""
+    return np.asarray(np.isfinite(probabilities_NC).all(axis=1), dtype=np.bool_)
+
+
+def confidence(probabilities_NC: Floats) -> Float32s:
+    """Probability of the likeliest class, float32 (N,), in [1/C, 1]. Low means uncertain (Lewis & Gale 1994)."""
+    return np.asarray(probabilities_NC.max(axis=1), dtype=np.float32)
+
+
+def margin(probabilities_NC: Floats) -> Float32s:
+    """Probability of the likeliest class minus that of the second, float32 (N,), in [0, 1].
+
+    Low means uncertain (Scheffer et al. 2001).
+    """
+    if probabilities_NC.shape[1] < 2:
+        raise ValueError("a margin needs at least two classes")
+    top_N2 = np.partition(probabilities_NC, -2, axis=1)[:, -2:]
+    return np.asarray(top_N2[:, 1] - top_N2[:, 0], dtype=np.float32)
+
+
+def entropy(probabilities_NC: Floats) -> Float32s:
+    """Entropy, the sum of -p ln p, in nats, float32 (N,), in [0, ln C]; 0 ln 0 is 0.
+
+    High means uncertain (Shannon 1948).
+    Divide by ln C to compare tasks of different numbers of classes.
+    """
+    wide_NC = probabilities_NC.astype(np.float64)
+    logs_NC = np.log(wide_NC, out=np.zeros_like(wide_NC), where=wide_NC != 0)
+    return np.asarray(np.abs((wide_NC * logs_NC).sum(axis=1)), dtype=np.float32)
+
+
+def top_k(probabilities_NC: Floats, k: int) -> tuple[NDArray[np.int64], Float32s]:
+    """Classes and probabilities of the ``min(k, C)`` likeliest, most likely first, int64 and float32 (N, k).
+
+    Of equal probabilities the class that comes first is taken, as ``argmax`` does. Rows of NaN give class 0 and NaN.
+    """
+    if k < 1:
+        raise ValueError(f"k = {k} must be at least 1")
+    rest_NC = np.where(np.isnan(probabilities_NC), np.float32(-1), probabilities_NC).astype(np.float32)
+    k = min(k, rest_NC.shape[1])
+    rows_N = np.arange(len(rest_NC))
+    indices_NK = np.empty((len(rest_NC), k), dtype=np.int64)
+    for rank in range(k):  # k passes of argmax are faster than sorting, and break ties by class
+        indices_NK[:, rank] = rest_NC.argmax(axis=1)
+        rest_NC[rows_N, indices_NK[:, rank]] = -2.0
+    scores_NK = np.take_along_axis(probabilities_NC, indices_NK, axis=1).astype(np.float32)
+    return indices_NK, scores_NK
