@@ -2,8 +2,8 @@
 
     python bench/ingest.py [--rows N …] [--labels]
 
-Each ingest runs in a process of its own; its peak memory is that process's largest resident size. The objects do not exist:
-ingest reads none.
+Each ingest runs in a process of its own; its peak memory is that process's largest resident size. The objects do not
+exist: ingest reads none.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def main() -> None:
         step(options.step)
         return
     write = sys.stdout.write
-    write("| rows | ingest | seconds | rows/s | peak memory | list · compare · write · publish, s |\n|---|---|---|---|---|---|\n")
+    write("| rows | ingest | seconds | rows/s | peak memory | list · compare · write · publish, s |\n")
+    write("|---|---|---|---|---|---|\n")
     for num_rows in options.rows:
         with tempfile.TemporaryDirectory(prefix="winnow-bench-") as name:
             folder = Path(name)
@@ -46,12 +47,15 @@ def main() -> None:
             write_manifest(folder / "manifest.parquet", num_rows, labels=options.labels)
             for title in ("first", "again"):
                 found = json.loads(
-                    subprocess.run([sys.executable, __file__, "--step", name], check=True, capture_output=True, text=True).stdout
+                    subprocess.run(
+                        [sys.executable, __file__, "--step", name], check=True, capture_output=True, text=True
+                    ).stdout
                 )
                 seconds = found["seconds"]
                 stages = " · ".join(f"{seconds.get(stage, 0):.1f}" for stage in ("list", "compare", "write", "publish"))
+                rate = num_rows / found["wall_s"]
                 write(
-                    f"| {num_rows:,} | {title}: {found['verdict']} | {found['wall_s']:.1f} | {num_rows / found['wall_s']:,.0f} "
+                    f"| {num_rows:,} | {title}: {found['verdict']} | {found['wall_s']:.1f} | {rate:,.0f} "
                     f"| {found['peak_bytes'] / 2**20:,.0f} MiB | {stages} |\n"
                 )
                 sys.stdout.flush()
@@ -91,7 +95,9 @@ def manifest_rows(start: int, stop: int, random: np.random.Generator, *, labels:
     times = pa.array(1_760_000_000_000_000 + np.arange(start, stop) * 1_000_000, pa.timestamp("us", tz="UTC"))
     columns = {
         "bucket": pa.array(["photographs"] * len(numbers)),
-        "key": pa.array([f"2026/{number // 10_000:04d}/camera-{number % 16:02d}/{number:09d}.jpg" for number in numbers]),
+        "key": pa.array(
+            [f"2026/{number // 10_000:04d}/camera-{number % 16:02d}/{number:09d}.jpg" for number in numbers]
+        ),
         "size": pa.array(random.integers(20_000, 400_000, len(numbers))),
         "e_tag": pa.array([f"{number * 0x9E3779B97F4A7C15 % 2**128:032x}" for number in numbers]),
         "last_modified_date": times,

@@ -48,12 +48,18 @@ _MAX_THREADS = 4
 _NUM_SHOWN = 10
 
 _KNOWN_SCHEMA = pa.schema(
-    [(name, TABLES["images"].field(name).type) for name in ("image_id", "event", "uri", "version", "source", "split", "group", "audit")]
+    [
+        (name, TABLES["images"].field(name).type)
+        for name in ("image_id", "event", "uri", "version", "source", "split", "group", "audit")
+    ]
     + [("seen_us", pa.int64())]
 )
 _LABEL_SCHEMA = pa.schema([("image_id", pa.string()), ("label", pa.string()), ("updated_us", pa.int64())])
 _IMAGES_SCHEMA = pa.schema(
-    [pa.field("number", pa.int64()), *(field for field in TABLES["images"] if field.name not in ("seen_at", "run", "parent"))]
+    [
+        pa.field("number", pa.int64()),
+        *(field for field in TABLES["images"] if field.name not in ("seen_at", "run", "parent")),
+    ]
 )
 
 _COMPARE = f"""
@@ -73,7 +79,7 @@ SELECT l.number, l.uri, coalesce(l.version, k.version, '{uris.UNVERSIONED}') AS 
          ELSE 'changed' END AS event
 FROM listed AS l LEFT JOIN known AS k USING (uri);
 
--- A group that is known keeps its side. A group that is new takes the split that the listing gives to any of its images.
+-- A group that is known keeps its side. A group that is new takes the split that is listed for any of its images.
 CREATE TABLE known_groups AS
 SELECT "group", arg_min(split, seen_us) AS split, arg_min(audit, seen_us) AS audit
 FROM events WHERE "group" IN (SELECT "group" FROM listed) GROUP BY "group";
@@ -213,6 +219,7 @@ def compare(
     try:
         threads = min(_MAX_THREADS, int(_one(connection, "SELECT current_setting('threads')")))
         connection.execute(f"SET threads = {threads}")
+        pa.default_memory_pool().release_unused()
         _view(connection, "listing", listing)
         _view(connection, "events", scratch / "events.parquet")
         connection.execute(_COMPARE)
@@ -263,8 +270,8 @@ def _check_groups(connection: duckdb.DuckDBPyConnection) -> None:
     if found is not None:
         group, one, other = found
         raise CallError(
-            f"group {group!r} has images with split {one!r} and with split {other!r}; a group stays on one side: give all "
-            "its images the same split, or leave the split of some empty"
+            f"group {group!r} has images with split {one!r} and with split {other!r}; a group stays on one side: give "
+            "all its images the same split, or leave the split of some empty"
         )
 
 
@@ -280,7 +287,9 @@ def _check_labels(connection: duckdb.DuckDBPyConnection, task: str, classes: Seq
     if unknown:
         shown = ", ".join(f"{label!r} ({count:,} images)" for label, count in unknown[:_NUM_SHOWN])
         more = " and more" if len(unknown) > _NUM_SHOWN else ""
-        known = ", ".join(map(repr, classes[:_NUM_SHOWN])) + (f" and {len(classes) - _NUM_SHOWN} more" if len(classes) > _NUM_SHOWN else "")
+        known = ", ".join(map(repr, classes[:_NUM_SHOWN])) + (
+            f" and {len(classes) - _NUM_SHOWN} more" if len(classes) > _NUM_SHOWN else ""
+        )
         raise CallError(
             f"labels unknown to task {task!r}: {shown}{more}; its classes are {known}. Mend the labels, add them to "
             f"tasks.{task}.classes, or leave them empty"
@@ -291,7 +300,9 @@ def _copy_events(tables: Tables, path: Path) -> tuple[int, int]:
     """Events of images into a local file, without ``replaced`` ones; how many, and the newest time in µs."""
     condition = pc.is_null(pc.field("parent")) & (pc.field("event") != "replaced")
     num_rows, newest = 0, 0
-    columns = {name: pc.field(name) for name in _KNOWN_SCHEMA.names[:-1]} | {"seen_us": pc.field("seen_at").cast(pa.int64())}
+    columns = {name: pc.field(name) for name in _KNOWN_SCHEMA.names[:-1]} | {
+        "seen_us": pc.field("seen_at").cast(pa.int64())
+    }
     with pq.ParquetWriter(path, _KNOWN_SCHEMA) as writer:
         for batch in _scan(tables, "images", columns, condition):
             writer.write_batch(pa.RecordBatch.from_arrays(batch.columns, schema=_KNOWN_SCHEMA))
@@ -301,15 +312,21 @@ def _copy_events(tables: Tables, path: Path) -> tuple[int, int]:
 
 
 def _copy_labels(tables: Tables, task: str, path: Path) -> None:
-    columns = {"image_id": pc.field("image_id"), "label": pc.field("label"), "updated_us": pc.field("updated_at").cast(pa.int64())}
+    columns = {
+        "image_id": pc.field("image_id"),
+        "label": pc.field("label"),
+        "updated_us": pc.field("updated_at").cast(pa.int64()),
+    }
     with pq.ParquetWriter(path, _LABEL_SCHEMA) as writer:
         for batch in _scan(tables, "labels", columns, (pc.field("origin") == "imported") & (pc.field("task") == task)):
             writer.write_batch(pa.RecordBatch.from_arrays(batch.columns, schema=_LABEL_SCHEMA))
 
 
-def _scan(tables: Tables, name: str, columns: dict[str, pc.Expression], condition: pc.Expression) -> Iterator[pa.RecordBatch]:
+def _scan(
+    tables: Tables, name: str, columns: dict[str, pc.Expression], condition: pc.Expression
+) -> Iterator[pa.RecordBatch]:
     scanner = tables.dataset(name).scanner(
-        columns=columns, filter=condition, batch_size=_BATCH_ROWS, batch_readahead=4, fragment_readahead=2
+        columns=columns, filter=condition, batch_size=_BATCH_ROWS, batch_readahead=2, fragment_readahead=1
     )
     return (batch for batch in scanner.to_batches() if batch.num_rows)
 

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 _KINDS = {
     errno.ENOENT: "missing",
     errno.ENOTDIR: "missing",
+    errno.EISDIR: "missing",
+    errno.ENXIO: "missing",  # a socket
     errno.ENAMETOOLONG: "missing",
     errno.ELOOP: "missing",
     errno.EACCES: "forbidden",
@@ -108,7 +110,7 @@ class LocalFiles:
             try:
                 with os.scandir(folder) as entries:
                     for entry in entries:
-                        if entry.is_dir():
+                        if _is_folder(entry):
                             found.append(entry.path)
                         elif (info := self._entry(entry, root)) is not None:
                             yield info
@@ -204,6 +206,13 @@ def _info(uri: str, key: str, found: os.stat_result) -> ObjectInfo:
         raise fetch_error("missing", uri, f"there is {what} of that name")
     modified = datetime.fromtimestamp(found.st_mtime_ns // 1000 / 1e6, UTC)
     return ObjectInfo(uri, key, found.st_size, None, modified, found.st_mtime_ns)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _read_all(descriptor: int, size: int) -> bytes:

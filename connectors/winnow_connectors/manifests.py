@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote_plus
+from urllib.parse import unquote_plus, unquote_to_bytes
 
 import numpy as np
 import pyarrow as pa
@@ -55,8 +55,8 @@ LISTING = pa.schema(
         "metadata": pa.map_(pa.string(), pa.string()),
     }
 )
-"""What is known of listed objects. ``version`` is null where nobody told it, ``path`` is relative to the source, ``row``
-counts from 1 in each file, without a header."""
+"""What is known of listed objects. ``version`` is null where nobody told it, ``path`` is relative to the source,
+``row`` counts from 1 in each file, without a header."""
 
 _BATCH_ROWS = 32_768
 _CSV_BLOCK_BYTES = 4 << 20
@@ -139,14 +139,18 @@ class Manifest:
             if role is None:
                 continue
             if role in roles:
-                raise CallError(f"{self.name}: columns {names[roles[role]]!r} and {name!r} both mean {role!r}; leave one")
+                raise CallError(
+                    f"{self.name}: columns {names[roles[role]]!r} and {name!r} both mean {role!r}; leave one"
+                )
             roles[role] = index
         if "uri" not in roles and not {"bucket", "key"} <= roles.keys():
             shown = ", ".join(map(repr, names)) or "none"
             raise CallError(f"{self.name} has no column 'uri' (nor 'bucket' and 'key'); its columns: {shown}")
         return roles
 
-    def _convert(self, batch: pa.RecordBatch, roles: dict[str, int], rows: pa.Array, *, decode_keys: bool) -> pa.RecordBatch:
+    def _convert(
+        self, batch: pa.RecordBatch, roles: dict[str, int], rows: pa.Array, *, decode_keys: bool
+    ) -> pa.RecordBatch:
         batch, rows = _latest(batch, roles, rows)
         column = {role: batch.column(index) for role, index in roles.items()}
         missing = pa.nulls(batch.num_rows, pa.string())
@@ -161,12 +165,15 @@ class Manifest:
             else missing.cast(pa.int64())
         )
         found["last_modified"] = (
-            self._times(column["last_modified"], rows) if "last_modified" in column else missing.cast(LISTING.field("last_modified").type)
+            self._times(column["last_modified"], rows)
+            if "last_modified" in column
+            else missing.cast(LISTING.field("last_modified").type)
         )
         found["version"] = _versions(found["uri"], as_text(column["etag"]) if "etag" in column else missing)
         used = set(roles.values())
         found["metadata"] = as_map(
-            {name: batch.column(index) for index, name in enumerate(batch.schema.names) if index not in used}, batch.num_rows
+            {name: batch.column(index) for index, name in enumerate(batch.schema.names) if index not in used},
+            batch.num_rows,
         )
         return pa.RecordBatch.from_arrays([found[name] for name in LISTING.names], schema=LISTING)
 
@@ -180,7 +187,9 @@ class Manifest:
             bucket = _filled(as_text(column["bucket"]))
             given = pc.binary_join_element_wise("s3://", bucket, "/", key, "")  # the last argument stands between them
         self._refuse(pc.is_null(given), rows, lambda index: "no URI" if "uri" in column else "no bucket or no key")
-        given = pc.if_else(pc.match_substring_regex(given, _PLAIN_PATH), pc.binary_join_element_wise("file://", given, ""), given)
+        given = pc.if_else(
+            pc.match_substring_regex(given, _PLAIN_PATH), pc.binary_join_element_wise("file://", given, ""), given
+        )
         values = given.to_pylist() if not pc.all(pc.match_substring_regex(given, _CANONICAL)).as_py() else []
         if not values:
             return given
@@ -225,10 +234,14 @@ class Manifest:
         text = pc.if_else(pc.and_(naive, pc.invert(offset)), pc.binary_join_element_wise(text, "Z", ""), text)
         pattern = r"^\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d{1,9})?)?)?(?:Z|[+-]\d\d:?(?:\d\d)?)$"
         # Arrow reads up to nine decimals, but no finer than the unit it is asked for.
-        nanoseconds = self._checked(text, rows, pa.timestamp("ns", tz="UTC"), pattern, "last_modified", "an ISO 8601 time")
+        nanoseconds = self._checked(
+            text, rows, pa.timestamp("ns", tz="UTC"), pattern, "last_modified", "an ISO 8601 time"
+        )
         return nanoseconds.cast(kind, safe=False)
 
-    def _checked(self, column: pa.Array, rows: pa.Array, kind: pa.DataType, pattern: str, name: str, valid: str) -> pa.Array:
+    def _checked(
+        self, column: pa.Array, rows: pa.Array, kind: pa.DataType, pattern: str, name: str, valid: str
+    ) -> pa.Array:
         """Cast, or name the rows that cannot be."""
         if not pa.types.is_string(column.type):
             try:
@@ -265,13 +278,15 @@ def inventory_files(data: bytes, name: str) -> tuple[tuple[str, ...], tuple[str,
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CallError(f"{name} is no manifest.json of an S3 Inventory ({type(error).__name__}: {error})") from None
     if kind not in ("CSV", "PARQUET"):
-        raise CallError(f"{name}: inventories in {kind} are not read; choose Parquet or CSV in the bucket's inventory settings")
+        raise CallError(
+            f"{name}: inventories in {kind} are not read; choose Parquet or CSV in the bucket's inventory settings"
+        )
     return files, columns
 
 
 def decode_path(text: str) -> str:
     """Percent-escapes decoded; bytes that are not UTF-8 become U+FFFD."""
-    return uris.unquote_to_bytes(text).decode("utf-8", "replace")
+    return unquote_to_bytes(text).decode("utf-8", "replace")
 
 
 def as_text(column: pa.Array) -> pa.Array:
@@ -285,7 +300,9 @@ def as_text(column: pa.Array) -> pa.Array:
         except pa.ArrowInvalid:
             return column.cast(pa.string())
     if pa.types.is_nested(kind):
-        return pa.array([None if value is None else json.dumps(value, default=str) for value in column.to_pylist()], pa.string())
+        return pa.array(
+            [None if value is None else json.dumps(value, default=str) for value in column.to_pylist()], pa.string()
+        )
     return column.cast(pa.string())
 
 
@@ -321,7 +338,9 @@ def _csv_batches(path: Path, name: str, columns: tuple[str, ...] | None) -> Iter
 
     def note(row: Any) -> str:
         where = f"row {row.number - (0 if columns else 1):,}" if row.number is not None else "a row"
-        bad.append(f"{where}: {row.actual_columns} values for {row.expected_columns} columns: {uris.redact(row.text)[:200]!r}")
+        bad.append(
+            f"{where}: {row.actual_columns} values for {row.expected_columns} columns: {uris.redact(row.text)[:200]!r}"
+        )
         return "error" if len(bad) == _NUM_SHOWN else "skip"
 
     def check() -> None:
@@ -336,11 +355,18 @@ def _csv_batches(path: Path, name: str, columns: tuple[str, ...] | None) -> Iter
             head = pa.BufferReader(stream.read(_CSV_BLOCK_BYTES))
             if head.size() == 0:
                 raise CallError(f"{name} is empty; a manifest has a header with the column 'uri'")
-            names = tuple(pcsv.open_csv(head, read, pcsv.ParseOptions(newlines_in_values=True, invalid_row_handler=lambda _: "skip")).schema.names)
+            names = tuple(
+                pcsv.open_csv(
+                    head, read, pcsv.ParseOptions(newlines_in_values=True, invalid_row_handler=lambda _: "skip")
+                ).schema.names
+            )
     if len(set(names)) < len(names):
         raise pa.ArrowInvalid("two columns have the same name")
     convert = pcsv.ConvertOptions(
-        column_types=dict.fromkeys(names, pa.string()), null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=True
+        column_types=dict.fromkeys(names, pa.string()),
+        null_values=[""],
+        strings_can_be_null=True,
+        quoted_strings_can_be_null=True,
     )
     with pa.input_stream(path) as stream:
         try:
@@ -395,7 +421,9 @@ def _versions(listed: pa.Array, etags: pa.Array) -> pa.Array:
 
 def _is_inventory(names: Sequence[str]) -> bool:
     squashed = {_squash(name) for name in names}
-    return {"bucket", "key"} <= squashed and bool({"lastmodifieddate"} & squashed or "e_tag" in names or "ETag" in names)
+    return {"bucket", "key"} <= squashed and bool(
+        {"lastmodifieddate"} & squashed or "e_tag" in names or "ETag" in names
+    )
 
 
 def _squash(name: str) -> str:

@@ -1,25 +1,27 @@
 """SQL over the tables and views, by DuckDB: read-only, one consistent snapshot of each table, flat memory.
 
-``VIEWS`` says what is current. Every view shows finished runs only: a row counts when its ``run`` stands in ``runs``
-with the status ``finished``. ``runs`` is therefore opened before any other table; what is opened later holds at least
+Views show finished runs only. ``runs`` is therefore opened before any other table: what is opened later holds at least
 the rows of the runs that it names.
 """
 
 from __future__ import annotations
 
+import difflib
 import logging
 import re
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import pyarrow as pa
 
 from winnow.errors import QueryError, StorageError
 from winnow.schemas import TABLES
+from winnow_connectors.views import VIEWS
 
 if TYPE_CHECKING:
     import duckdb
@@ -27,111 +29,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FINISHED = """
-finished AS (
-    SELECT run_id AS run, max(finished_at) AS run_finished_at FROM runs WHERE status = 'finished' GROUP BY run_id
-)"""
-
-_LAST_SEEN = """
-seen AS (
-    SELECT images.* FROM images SEMI JOIN finished USING (run)
-    QUALIFY row_number() OVER (PARTITION BY image_id ORDER BY seen_at DESC, event) = 1
-)"""
-
-_CURRENT = "event IN ('added', 'changed')"
-
-_NEWEST_PREDICTION = """
-newest AS (
-    SELECT predictions.* FROM predictions JOIN finished USING (run)
-    QUALIFY row_number() OVER (
-        PARTITION BY image_id, task ORDER BY run_finished_at DESC, predictions."at" DESC, model
-    ) = 1
-)"""
-
-VIEWS: dict[str, str] = {
-    "current_images": f"""
-WITH {_FINISHED}, {_LAST_SEEN}
-SELECT * FROM seen WHERE {_CURRENT}
-""",
-    "latest_outcomes": f"""
-WITH {_FINISHED}
-SELECT outcomes.* FROM outcomes JOIN finished USING (run)
-QUALIFY row_number() OVER (PARTITION BY image_id, task, model ORDER BY run_finished_at DESC, outcomes."at" DESC) = 1
-""",
-    "failures": f"""
-WITH {_FINISHED},
-failed AS (SELECT * FROM latest_outcomes WHERE status = 'failed'),
-seen AS (
-    SELECT images.* FROM images SEMI JOIN failed USING (image_id) SEMI JOIN finished USING (run)
-    QUALIFY row_number() OVER (PARTITION BY image_id ORDER BY seen_at DESC, event) = 1
-)
-SELECT f.image_id, s.uri, f.task, f.model, f.stage, f.error, f.message, f.retryable, f.sha256, f.num_bytes, f.format,
-    f.width, f.height, f.run, f."at", coalesce(s.{_CURRENT}, false) AS current
-FROM failed AS f LEFT JOIN seen AS s USING (image_id)
-""",
-    "latest_predictions": f"""
-WITH {_FINISHED}, {_LAST_SEEN}, {_NEWEST_PREDICTION}
-SELECT n.image_id, s.uri, n.task, n.model, n.label, n.confidence, n.margin, n.entropy, n.top5, n.probabilities, n.run,
-    n."at", coalesce(s.{_CURRENT}, false) AS current
-FROM newest AS n LEFT JOIN seen AS s USING (image_id)
-""",
-    # Of each annotation the last event counts (of two at one time: the deletion); then one label per image and task.
-    "current_labels": f"""
-WITH {_FINISHED},
-events AS (SELECT labels.*, run_finished_at FROM labels JOIN finished USING (run)),
-annotations AS (
-    SELECT * FROM events WHERE origin = 'label_studio'
-    QUALIFY row_number() OVER (
-        PARTITION BY server, project, annotation_id
-        ORDER BY updated_at DESC, event IN ('deleted', 'skipped') DESC, event = 'changed' DESC, run_finished_at DESC
-    ) = 1
-),
-valid AS (
-    SELECT * FROM annotations WHERE event NOT IN ('deleted', 'skipped')
-    UNION ALL
-    SELECT * FROM events WHERE origin = 'imported'
-)
-SELECT * EXCLUDE run_finished_at FROM valid
-QUALIFY row_number() OVER (
-    PARTITION BY image_id, task
-    ORDER BY origin = 'label_studio' DESC, updated_at DESC, run_finished_at DESC, annotation_id DESC
-) = 1
-""",
-    "results": f"""
-WITH {_FINISHED}, {_LAST_SEEN}, {_NEWEST_PREDICTION},
-chosen AS (
-    SELECT accepted.*, run_finished_at FROM accepted JOIN finished USING (run)
-    QUALIFY row_number() OVER (PARTITION BY image_id, task ORDER BY run_finished_at DESC, accepted."at" DESC) = 1
-),
-of_chosen AS (
-    SELECT predictions.* FROM predictions SEMI JOIN chosen USING (image_id, task, model) JOIN finished USING (run)
-    QUALIFY row_number() OVER (
-        PARTITION BY image_id, task, model ORDER BY run_finished_at DESC, predictions."at" DESC
-    ) = 1
-),
-decided AS (
-    SELECT image_id, task, label, if(origin = 'label_studio', 'person', 'imported') AS source,
-        NULL::FLOAT AS confidence, NULL::VARCHAR AS model, updated_at AS "at", 1 AS precedence
-    FROM current_labels WHERE label IS NOT NULL
-    UNION ALL
-    SELECT c.image_id, c.task, coalesce(c.label, p.label), 'accepted', p.confidence, c.model, c."at", 2
-    FROM chosen AS c LEFT JOIN of_chosen AS p USING (image_id, task, model)
-    WHERE coalesce(c.label, p.label) IS NOT NULL
-),
-answers AS (
-    SELECT * EXCLUDE precedence FROM decided
-    QUALIFY row_number() OVER (PARTITION BY image_id, task ORDER BY precedence) = 1
-    UNION ALL
-    SELECT image_id, task, label, 'prediction', confidence, model, "at"
-    FROM newest ANTI JOIN decided USING (image_id, task)
-)
-SELECT a.image_id, s.uri, s.split, a.task, a.label, a.source, a.confidence, a.model, a."at"
-FROM answers AS a JOIN seen AS s USING (image_id) WHERE s.{_CURRENT}
-""",
-}
-"""SQL of every view by name; a view may use tables and the views before it."""
+T = TypeVar("T")
 
 _OPENING_ORDER = ("runs", *(name for name in TABLES if name != "runs"))
+_BATCH_ROWS = 65_536
+_LOCKS = (
+    "SET TimeZone = 'UTC'",
+    "SET enable_progress_bar = false",
+    "SET enable_external_access = false",
+    "SET lock_configuration = true",
+)
 _WORD = re.compile(r"[a-z_]\w*")
 _CATALOG = re.compile(
     # Statements that list tables, or that name one in a string: everything is opened for them.
@@ -142,8 +49,8 @@ _BLANK = r"(?:\s|--[^\n]*(?:\n|$)|/\*.*?\*/)*"
 _EXPLAIN = re.compile(rf"{_BLANK}explain\b{_BLANK}(?:\([^)]*\)|analyze\b)?", re.IGNORECASE | re.DOTALL)
 _PIVOT = re.compile(rf"{_BLANK}(?:with|from|select|pivot)\b.*", re.IGNORECASE | re.DOTALL)
 _RESERVED = re.compile(r"(?<![\w\"])(at(?!\s+time\b)|group(?!\s+by\b|\s*\())(?![\w\"])", re.IGNORECASE)
-_NO_SUCH_TABLE = re.compile(r"Table with name .* does not exist", re.DOTALL)
-_STORAGE_FAULT = re.compile(r"Python exception|reading the stream registered", re.IGNORECASE)
+_NO_SUCH_TABLE = re.compile(r"Table with name \"?(.*?)\"? does not exist!?(?:\s+Did you mean[^\n]*)?", re.DOTALL)
+_STORAGE_FAULT = re.compile(r"^(IO|HTTP) Error|Python exception|reading the stream registered", re.IGNORECASE)
 
 
 class TableSource(Protocol):
@@ -192,21 +99,38 @@ class QueryEngine:
 
         start = time.monotonic()
         connection = self._connect()
+        thread = ThreadPoolExecutor(1, thread_name_prefix="winnow-query")
         opened: list[str] = []
+
+        def close() -> None:
+            connection.close()
+            thread.shutdown(wait=False)
+
         try:
             _check_read_only(connection, statement)
             opened = self._open_tables(connection, statement)
-            connection.execute("SET TimeZone = 'UTC'")
-            connection.execute("SET enable_external_access = false")
-            connection.execute("SET lock_configuration = true")
-            batches = connection.sql(statement).to_arrow_reader(65_536)
+            for setting in _LOCKS:
+                connection.execute(setting)
+            batches = _interruptible(thread, connection, lambda: connection.sql(statement).to_arrow_reader(_BATCH_ROWS))
         except duckdb.Error as error:
-            raise _explain(error, connection, statement, opened) from None
+            failure = _explain(error, connection, statement, opened)
+            close()
+            raise failure from None
         except BaseException:
-            connection.close()
+            close()
             raise
-        logger.debug("query over %s planned in %.2f s", ", ".join(opened) or "no table", time.monotonic() - start)
-        return pa.RecordBatchReader.from_batches(batches.schema, _stream(batches, connection, statement, opened))
+        logger.debug("query over %s begun in %.2f s", ", ".join(opened) or "no table", time.monotonic() - start)
+
+        def stream() -> Iterator[pa.RecordBatch]:
+            try:
+                while (batch := _interruptible(thread, connection, lambda: next(batches, None))) is not None:
+                    yield batch
+            except (duckdb.Error, pa.ArrowException, OSError) as error:
+                raise _explain(error, connection, statement, opened) from None
+            finally:
+                close()
+
+        return pa.RecordBatchReader.from_batches(batches.schema, stream())
 
     def _connect(self) -> duckdb.DuckDBPyConnection:
         import duckdb
@@ -275,35 +199,37 @@ def _check_read_only(connection: duckdb.DuckDBPyConnection, statement: str) -> N
     )
 
 
-def _stream(
-    batches: pa.RecordBatchReader, connection: duckdb.DuckDBPyConnection, statement: str, opened: list[str]
-) -> Iterator[pa.RecordBatch]:
-    import duckdb
-
+def _interruptible(thread: ThreadPoolExecutor, connection: duckdb.DuckDBPyConnection, call: Callable[[], T]) -> T:
+    """What ``call`` returns. The engine sees no Ctrl-C while it streams; waiting for a thread does."""
+    future: Future[T] = thread.submit(call)
     try:
-        yield from batches
-    except (duckdb.Error, pa.ArrowException, OSError) as error:
-        raise _explain(error, connection, statement, opened) from None
+        return future.result()
     finally:
-        connection.close()
+        if not future.done():
+            connection.interrupt()
+            wait([future])
 
 
 def _explain(
     error: Exception, connection: duckdb.DuckDBPyConnection, statement: str, opened: list[str]
 ) -> QueryError | StorageError:
-    """The engine's message, and what helps to mend the statement; closes the connection."""
+    """The engine's message, and what helps to mend the statement."""
     import duckdb
 
     message = str(error).strip()
-    if isinstance(error, duckdb.IOException | OSError) or _STORAGE_FAULT.search(message):
-        connection.close()
+    if _STORAGE_FAULT.search(message):
         return StorageError(f"the tables {', '.join(opened)} cannot be read: {message}")
+    unknown = _NO_SUCH_TABLE.search(message)
+    if unknown:  # the engine's own suggestion knows only the tables that were opened
+        close = difflib.get_close_matches(unknown[1].lower(), [*TABLES, *VIEWS], n=1)
+        hint = f'; did you mean "{close[0]}"?' if close else ""
+        message = message.replace(unknown[0], f"Table with name {unknown[1]} does not exist{hint}")
     lines = [message, ""]
     if isinstance(error, duckdb.OutOfMemoryException):
         lines += ["Select fewer columns or rows, or free memory and disk space."]
     elif isinstance(error, duckdb.PermissionException):
         lines += ["Queries read the tables and views only, no files and no network."]
-    elif not opened or _NO_SUCH_TABLE.search(message):
+    elif not opened or unknown:
         lines += [f"Tables: {', '.join(sorted(TABLES))}", f"Views: {', '.join(VIEWS)}"]
     else:
         named = set(_WORD.findall(statement.lower()))
@@ -311,5 +237,4 @@ def _explain(
         lines += [f"  {name}: {', '.join(connection.table(name).columns)}" for name in opened if name in named]
     if isinstance(error, duckdb.ParserException) and (word := _RESERVED.search(statement)):
         lines += [f'The column {word[1]} has the name of an SQL word: write "{word[1].lower()}" in double quotes.']
-    connection.close()
     return QueryError("\n".join(lines))

@@ -60,7 +60,8 @@ class SignedS3:
                 page = self._client.retrying(partial(self._page, bucket, query))
             except HttpFault as fault:
                 raise list_error(f"s3://{bucket}/{prefix}", fault) from None
-            infos = [_info(bucket, prefix, page, element) for element in page if _name(element) == "Contents"]
+            encoded = (_text(page, "EncodingType") or "").lower() == "url"
+            infos = [_info(bucket, prefix, element, encoded) for element in page if _name(element) == "Contents"]
             if infos:
                 yield infos
             token = _text(page, "NextContinuationToken")
@@ -125,15 +126,15 @@ def _text(parent: ElementTree.Element, name: str) -> str | None:
     return next((child.text for child in parent if _name(child) == name), None)
 
 
-def _info(bucket: str, prefix: str, page: ElementTree.Element, element: ElementTree.Element) -> ObjectInfo:
-    key, size, etag, modified = (_text(element, name) for name in ("Key", "Size", "ETag", "LastModified"))
-    key = key or ""
-    if (_text(page, "EncodingType") or "").lower() == "url":
+def _info(bucket: str, prefix: str, element: ElementTree.Element, encoded: bool) -> ObjectInfo:
+    found = {_name(child): child.text for child in element}
+    key, size, modified = found.get("Key") or "", found.get("Size"), found.get("LastModified")
+    if encoded:
         key = unquote(key.replace("+", " "))
     return ObjectInfo(
         uri=f"s3://{bucket}/{key}",
         key=key.removeprefix(prefix),
         size=int(size) if size is not None else None,
-        etag=etag,
+        etag=found.get("ETag"),
         last_modified=datetime.fromisoformat(modified) if modified else None,
     )

@@ -40,12 +40,17 @@ class Source:
     """A place that images come from.
 
     Attributes:
-        uri: canonical, without secrets: the name that stands in the table ``images``.
+        uri: canonical, without secrets.
         is_manifest: it lists objects, instead of holding them.
     """
 
     uri: str
     is_manifest: bool
+
+    @property
+    def name(self) -> str:
+        """What stands in the table ``images``: the same with and without a slash at the end."""
+        return self.uri.rstrip("/") if uris.split(self.uri)[2].strip("/") else self.uri
 
 
 @dataclass(frozen=True)
@@ -204,7 +209,9 @@ def _manifests(source: Source, stores: ObjectStores, scratch: Path) -> Iterator[
     chosen = [source.uri]
     if _is_local_folder(source.uri) or not (name.endswith(SUFFIXES) or uris.scheme_of(source.uri) == "file"):
         found = sorted(info.uri for infos in stores.list(source.uri) for info in infos)
-        chosen = [uri for uri in found if uri.lower().endswith(SUFFIXES) and not uris.name_of(uri).startswith((".", "_"))]
+        chosen = [
+            uri for uri in found if uri.lower().endswith(SUFFIXES) and not uris.name_of(uri).startswith((".", "_"))
+        ]
         if not chosen and found != [source.uri]:
             raise CallError(f"{_shown(source.uri)} holds no manifest; files that end in {', '.join(SUFFIXES)} are read")
         chosen = chosen or found
@@ -228,12 +235,14 @@ def _local_copy(uri: str, stores: ObjectStores, scratch: Path) -> Iterator[Path]
     except FetchError as error:
         if error.kind == "too_many_bytes":
             raise CallError(
-                f"{_shown(uri)} is larger than {_MAX_MANIFEST_BYTES >> 30} GiB; split it and give its folder with --manifest, "
-                "or copy it to this machine"
+                f"{_shown(uri)} is larger than {_MAX_MANIFEST_BYTES >> 30} GiB; split it and give its folder "
+                "with --manifest, or copy it to this machine"
             ) from None
         raise _as_job_error(error) from None
-    yield path
-    path.unlink()
+    try:
+        yield path
+    finally:
+        path.unlink()
 
 
 def _as_job_error(error: FetchError) -> CallError | StorageError:

@@ -1,10 +1,10 @@
 """``winnow ingest``: make objects known as images, without reading any.
 
-List (folders, prefixes, manifests), compare with what is known, claim, write, publish once. Runs in the calling process;
-memory stays flat whatever the number of objects.
+List (folders, prefixes, manifests), compare with what is known, claim, write, publish once. Runs in the calling
+process; memory stays flat whatever the number of objects.
 
-Nothing is decided before the files of all tables are written, so a run that was cut short is simply done again: the same
-call joins it, lists anew and publishes under its id. Two calls at once compete for the one decision.
+Nothing is decided before the files of all tables are written, so a run that was cut short is simply done again: the
+same call joins it, lists anew and publishes under its id. Two calls at once compete for the one decision.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class IngestCall:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
+        values: dict[str, Any] = dict(data)
+        return cls(**values | {name: tuple(values[name]) for name in ("sources", "include", "exclude")})
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,10 @@ def ingest(
 
     Args:
         workspace: configuration and warehouse.
-        sources: folders, files, prefixes or single objects as path or URI; manifests (see ``winnow_connectors.manifests``).
+        sources: folders, files, prefixes or single objects as path or URI; manifests (``winnow_connectors.manifests``).
         manifest: take every source as a manifest, whatever its name; a folder or prefix then holds manifests.
-        pattern: path pattern relative to the source, such as ``{split}/{label}/*``; ``label``, ``split`` and ``group`` have
-            their meaning, every other name becomes metadata.
+        pattern: path pattern relative to the source, such as ``{split}/{label}/*``; ``label``, ``split`` and ``group``
+            have their meaning, every other name becomes metadata.
         task: whose labels come in; the only task of the configuration by default.
         include: globs; the configuration's by default.
         exclude: globs beside the configuration's.
@@ -149,9 +150,9 @@ def ingest(
     config = workspace.config
     if not sources:
         raise CallError("nothing to ingest; give a folder, a manifest or a URI such as s3://bucket/folder")
-    parsed = {source.uri: source for source in (parse_source(text, manifest=manifest) for text in sources)}
+    parsed = {source.name: source.uri for source in (parse_source(text, manifest=manifest) for text in sources)}
     call = IngestCall(
-        sources=tuple(parsed),
+        sources=tuple(parsed.values()),
         manifest=manifest,
         pattern=pattern,
         task=task,
@@ -192,7 +193,7 @@ def carry_out(workspace: Workspace, call: IngestCall) -> IngestResult:
                 spool.path,
                 workspace.warehouse.tables,
                 folder,
-                sources=call.sources,
+                sources=spool.source_names,
                 vanish=call.vanish,
                 task=tally.task,
                 classes=workspace.config.task(tally.task).classes if tally.task else None,
@@ -200,7 +201,9 @@ def carry_out(workspace: Workspace, call: IngestCall) -> IngestResult:
             )
             tally.seconds["compare"] = time.monotonic() - before
             if changes.num_splits_kept:
-                logger.warning("%s images keep the split that they have; the listing gives another", f"{changes.num_splits_kept:,}")
+                logger.warning(
+                    "%s images keep the split that they have; the listing gives another", f"{changes.num_splits_kept:,}"
+                )
             is_own = run is None
             if run is None:
                 if changes.is_empty:
@@ -233,6 +236,7 @@ class _Spool:
         self._scratch = scratch
         self._call = call
         self._sources = [parse_source(uri, manifest=call.manifest) for uri in call.sources]
+        self.source_names = [source.name for source in self._sources]
         self._pattern = PathPattern(call.pattern) if call.pattern is not None else None
         self._config = workspace.config
         if call.task is not None:
@@ -291,7 +295,7 @@ class _Spool:
         tally.num_unversioned += found["version"].null_count
         found["number"] = pa.array(np.arange(tally.num_kept, tally.num_kept + rows.num_rows, dtype=np.int64))
         tally.num_kept += rows.num_rows
-        found["source"] = pa.repeat(pa.scalar(source.uri), rows.num_rows)
+        found["source"] = pa.repeat(pa.scalar(source.name), rows.num_rows)
         return pa.RecordBatch.from_arrays([found[name] for name in SPOOL.names], schema=SPOOL)
 
     def _apply_pattern(self, found: dict[str, pa.Array], tally: _Tally) -> None:
@@ -395,7 +399,10 @@ def _publish(
 
 def _published_by_another(run_id: str, summary: Mapping[str, Any], seconds: Mapping[str, float]) -> IngestResult:
     counts = dict(summary["counts"])
-    named = {name: counts.get(name, 0) for name in ("listed", "added", "changed", "vanished", "unchanged", "labels", "unmatched")}
+    named = {
+        name: counts.get(name, 0)
+        for name in ("listed", "added", "changed", "vanished", "unchanged", "labels", "unmatched")
+    }
     return IngestResult(
         run_id=run_id,
         **{f"num_{name}": count for name, count in named.items()},
@@ -438,6 +445,8 @@ def _merged(metadata: pa.Array, named: Mapping[str, pa.Array]) -> pa.Array:
     values = {name: column.to_pylist() for name, column in named.items()}
     merged = []
     for index, entries in enumerate(metadata.to_pylist()):
-        found = {name: column[index] for name, column in values.items() if column[index] is not None} | dict(entries or ())
+        found = {name: column[index] for name, column in values.items() if column[index] is not None} | dict(
+            entries or ()
+        )
         merged.append(list(found.items()) or None)
     return pa.array(merged, kind)

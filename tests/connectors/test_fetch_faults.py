@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from faulty_http import Fault, FaultyHttp
 
+from faulty_http import Fault, FaultyHttp
 from winnow.config import StorageConfig
 from winnow.errors import FAILURE_KINDS, FetchError, StorageError
 from winnow_connectors.object_store import ObjectStores
 
 BODY = bytes(range(256)) * 400
-SILENCE_S, RETRY_S = 0.4, 2.0
+SILENCE_S, RETRY_S = 0.3, 1.0
 
 
 @pytest.fixture
@@ -33,19 +33,19 @@ class Place:
     """One server under one of its two faces."""
 
     def __init__(self, server: FaultyHttp, face: str, base_dir: Path) -> None:
-        self.server, self.face = server, face
-        self.stores = ObjectStores(
-            {"s3://": StorageConfig(endpoint=server.url, region="us-east-1")},
-            base_dir,
-            fetch_timeout_s=SILENCE_S,
-            retry_timeout_s=RETRY_S,
-        )
+        self.server, self.base_dir = server, base_dir
+        self.stores = self.open(RETRY_S)
         # The control character sends the key down the path of our own signed requests.
         self.target, self.uri = {
             "http": ("/bucket/a%20b.jpg?size=1", f"{server.url}/bucket/a%20b.jpg?size=1"),
             "s3": ("/bucket/a%20b.jpg", "s3://bucket/a b.jpg"),
             "s3-odd-key": ("/bucket/a%09b.jpg", "s3://bucket/a\tb.jpg"),
         }[face]
+
+    def open(self, retry_s: float) -> ObjectStores:
+        """Stores with another patience."""
+        config = StorageConfig(endpoint=self.server.url, region="us-east-1")
+        return ObjectStores({"s3://": config}, self.base_dir, fetch_timeout_s=SILENCE_S, retry_timeout_s=retry_s)
 
     def put(self, body: bytes = BODY, *, faults: list[Fault] | None = None, **options: object) -> str:
         """Serve it; the version that a listing would have recorded."""
@@ -84,6 +84,7 @@ def test_a_healthy_object_is_read_whole(place: Place) -> None:
 @pytest.mark.parametrize("faults", [[503], [500, 503, 429], ["reset"], ["stall"], ["truncate"], ["stall_head"]])
 def test_faults_that_pass_are_retried(place: Place, faults: list[Fault]) -> None:
     version = place.put(faults=faults)
+    place.stores = place.open(retry_s=30.0)
     assert place.read(version) == BODY
     assert place.hits == len(faults) + 1
 

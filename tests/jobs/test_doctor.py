@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -18,12 +19,15 @@ from urllib.parse import urlsplit
 
 import obstore
 import pytest
+from click.testing import CliRunner
 from obstore.store import S3Store
 
 from winnow.config import Config, TaskConfig, parse_config
 from winnow_connectors.object_store import ObjectStores
 from winnow_jobs import doctor, services
 from winnow_jobs.checks import Check, label_studio, machine, storage
+from winnow_jobs.cli.doctor import command
+from winnow_jobs.cli.main import Call
 from winnow_jobs.local_s3 import LocalS3
 
 if TYPE_CHECKING:
@@ -210,6 +214,27 @@ def test_storage_that_ignores_conditions_is_refused(tmp_path: Path, monkeypatch:
     assert Careless.objects == {}
 
 
+def test_an_address_that_speaks_no_http_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(20)
+
+        def speak() -> None:
+            for _ in range(2):
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(10_000)
+                    connection.sendall(b"220 mail.example.org ESMTP\r\n")
+
+        thread = threading.Thread(target=speak, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("LABEL_STUDIO_URL", url)
+        assert "does not answer" in label_studio.check_label_studio().detail
+        config = _config("./warehouse", url, "s3://", "anonymous = true\n")
+        assert "does not answer" in storage.check_section("s3://", config, tmp_path).detail
+        thread.join(20)
+
+
 def test_a_section_that_leads_nowhere_is_a_failure_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
@@ -373,10 +398,16 @@ def test_the_command_prints_marks_and_exits_1_on_a_failure(tmp_path: Path) -> No
     assert "✗  winnow.toml" in plain.stdout
     assert "→ mend it" in plain.stdout
     assert "\x1b" not in plain.stdout
-    (tmp_path / "winnow.toml").unlink()
-    done = _winnow(tmp_path, "doctor", "--json")
-    assert done.returncode == 0, done.stderr
+
+
+def test_before_init_the_command_exits_0_and_a_named_file_must_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(command, ["--json"], obj=Call(Path("winnow.toml")))
+    assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["ok"] is True
+    assert CliRunner().invoke(command, ["--json"], obj=Call(tmp_path / "lab.toml")).exit_code == 1
 
 
 @pytest.mark.s3

@@ -282,7 +282,7 @@ def test_expired_credentials_stop_the_run_and_the_same_command_continues_it(
     [
         ({"tasks": ["nonsense"]}, CallError, "task 'nonsense' is unknown; configured tasks: objects"),
         ({"where": "no_such_column = 1"}, QueryError, "no_such_column"),
-        ({"where": "1 = 1) OR (1 = 1; DROP TABLE images"}, QueryError, ""),
+        ({"where": "1 = 1) OR (1 = 1; DROP TABLE images"}, QueryError, "one statement|syntax|parse"),
         ({"limit": 0}, CallError, "--limit 0"),
         ({"retry_failures": "some"}, CallError, "choose storage or all"),
         ({"new": True, "retry_failures": "all"}, CallError, "exclude each other"),

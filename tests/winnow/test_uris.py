@@ -83,7 +83,7 @@ def test_canonical_is_idempotent(name: str) -> None:
 def test_all_names_of_the_awkward_archive_survive(shared_data: Path, tmp_path: Path) -> None:
     with tarfile.open(shared_data / "hostile" / "awkward_names.tar") as archive:
         archive.extractall(tmp_path, filter="data")
-    names = sorted(os.listdir(tmp_path))
+    names = sorted(path.name for path in tmp_path.iterdir())
     assert len(names) >= 10
     for name in names:
         assert Path(uris.local_path(uris.from_path(tmp_path / name))).is_file()
@@ -151,10 +151,10 @@ def test_uris_with_secrets_are_refused_without_repeating_them(source: str) -> No
 
 @pytest.mark.parametrize("source", [source for source in SECRETS if "%2D" not in source])
 def test_redact_masks_secrets_inside_messages(source: str) -> None:
-    masked = uris.redact(f"cannot read {source}: no")
+    masked = uris.redact(f"cannot read {source} because")
     assert "hunter2" not in masked
     assert "***" in masked
-    assert masked.endswith(": no")
+    assert masked.endswith(" because")
 
 
 def test_redact_leaves_harmless_text_alone() -> None:

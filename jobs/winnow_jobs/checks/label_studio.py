@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import urllib.error
@@ -96,6 +97,8 @@ def _ask(url: str, *, authorization: str | None = None, body: dict[str, str] | N
     except urllib.error.HTTPError as error:
         with error:
             code, text = error.code, error.read(1_000_000)
+    except http.client.HTTPException as error:
+        raise OSError(f"no HTTP: {type(error).__name__}") from None
     try:
         return code, json.loads(text)
     except ValueError:

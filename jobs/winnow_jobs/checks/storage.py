@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import secrets
 import urllib.error
@@ -137,6 +138,8 @@ def _status_of(url: str) -> int:
     except urllib.error.HTTPError as error:
         error.close()
         return error.code
+    except http.client.HTTPException as error:
+        raise OSError(f"no HTTP: {type(error).__name__}") from None
 
 
 def _how_to_mend(error: WinnowError) -> str:

@@ -1,6 +1,6 @@
-"""How results look: tables for people, CSV, JSON and Parquet for machines. Commands never format.
+r"""How results look: tables for people, CSV, JSON and Parquet for machines. Commands never format.
 
-Names of images are not ours: control characters, line breaks and escape sequences in them are shown as ``\\x1b`` and
+Names of images are not ours: control characters, line breaks and escape sequences in them are shown as ``\x1b`` and
 the like, so that they can neither steer the terminal nor break a row.
 """
 
@@ -30,7 +30,7 @@ FORMATS = ("table", "csv", "json", "parquet")
 MAX_ROWS = 100
 """Rows of a table on a terminal."""
 
-_MAX_CELL = 80
+_PLAN = ["explain_key", "explain_value"]
 _MIN_COLUMN = 12
 _TIME = re.compile(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?\+00:00")
 
@@ -48,7 +48,7 @@ def print_table(
 
     Args:
         data: a table, or a stream, which is never in memory as a whole.
-        format: ``table`` (drawn on a terminal; elsewhere all rows, separated by tabs), ``csv``, ``json`` or ``parquet``.
+        format: ``table`` (drawn on a terminal, elsewhere all rows with tabs), ``csv``, ``json`` or ``parquet``.
         file: where to; standard output without it.
         output: a new file instead, written whole or not at all.
         overwrite: ``output`` may replace a file.
@@ -67,7 +67,10 @@ def print_table(
     if format == "parquet":
         raise CallError("Parquet is not for a terminal; add --output FILE.parquet")
     file = file or sys.stdout
-    if format == "table" and file.isatty():
+    if format == "table" and reader.schema.names == _PLAN:
+        # The engine draws the plan itself, on many lines.
+        file.writelines(printable(plan, keep="\n") + "\n" for _, plan in iterate_rows(reader, reader.schema))
+    elif format == "table" and file.isatty():
         _draw(reader, file, max_rows)
     else:
         _write_text(reader, format, file)
@@ -113,7 +116,7 @@ def print_export(result: ExportResult, format: str = "table", file: IO[str] | No
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Text in which every control, format and line-break character is written as its escape, such as ``\\x1b``."""
+    r"""Text in which every control, format and line-break character is written as its escape, such as ``\x1b``."""
     if text.isprintable():
         return text
     return "".join(c if c in keep or c == " " or not _steers(c) else _escape(c) for c in text)
@@ -175,8 +178,26 @@ def _draw(reader: pa.RecordBatchReader, file: IO[str], max_rows: int) -> None:
 
 def _needed_width(names: Sequence[str], rows: Sequence[Sequence[str | None]]) -> int:
     """Columns of the terminal below which a table is no longer readable."""
-    widest = [max([len(name), *(len(row[i] or "") for row in rows)]) for i, name in enumerate(names)]
-    return sum(min(width, _MIN_COLUMN) + 3 for width in widest) + 1
+    return sum(min(width, _MIN_COLUMN) + 3 for width in _natural_widths(names, rows)) + 1
+
+
+def _natural_widths(names: Sequence[str], rows: Sequence[Sequence[str | None]]) -> list[int]:
+    """Terminal cells of the widest value of each column."""
+    from rich.cells import cell_len
+
+    return [
+        max([cell_len(name), *(4 if row[i] is None else cell_len(row[i] or "") for row in rows)])
+        for i, name in enumerate(names)
+    ]
+
+
+def _fit(widths: Sequence[int], room: int) -> list[int]:
+    """Widths that add up to ``room`` at most: the widest columns give way, narrow ones stay whole."""
+    low, high = 1, max([*widths, 1])
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if sum(min(w, middle) for w in widths) <= room else (low, middle - 1)
+    return [min(width, low) for width in widths]
 
 
 def _draw_grid(
@@ -188,9 +209,10 @@ def _draw_grid(
     from rich.text import Text
 
     table = Table(box=box.ROUNDED if _is_unicode(file) else box.ASCII)
-    for name, number in zip(names, numbers, strict=True):
+    widths = _fit(_natural_widths(names, rows), width - 3 * len(names) - 1)
+    for name, number, room in zip(names, numbers, widths, strict=True):
         table.add_column(
-            Text(name), justify="right" if number else "left", no_wrap=True, overflow="ellipsis", max_width=_MAX_CELL
+            Text(name), justify="right" if number else "left", no_wrap=True, overflow="ellipsis", width=room
         )
     for row in rows:
         table.add_row(*(Text("null", style="dim") if cell is None else Text(cell) for cell in row))

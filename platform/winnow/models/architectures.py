@@ -138,7 +138,7 @@ def _torchvision_preset(name: str, weights: str) -> Preset:
         raise CallError(
             f"torchvision/{name}@{weights} is not an image classifier but made for {type(transforms).__name__}"
         )
-    classes = tuple(member.meta["categories"])
+    classes = tuple(member.meta.get("categories") or ())
     found = _HASHED_NAME.search(member.url.rsplit("/", 1)[-1])
     return Preset(
         architecture=f"torchvision/{name}",

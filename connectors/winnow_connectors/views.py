@@ -1,0 +1,110 @@
+"""The views: what is current, as SQL of DuckDB over the append-only tables.
+
+Every view shows finished runs only: a row counts when its ``run`` stands in ``runs`` with the status ``finished``.
+"""
+
+from __future__ import annotations
+
+_FINISHED = """
+finished AS (
+    SELECT run_id AS run, max(finished_at) AS run_finished_at FROM runs WHERE status = 'finished' GROUP BY run_id
+)"""
+
+_LAST_SEEN = """
+seen AS (
+    SELECT images.* FROM images SEMI JOIN finished USING (run)
+    QUALIFY row_number() OVER (PARTITION BY image_id ORDER BY seen_at DESC, event) = 1
+)"""
+
+_CURRENT = "event IN ('added', 'changed')"
+
+_NEWEST_PREDICTION = """
+newest AS (
+    SELECT predictions.* FROM predictions JOIN finished USING (run)
+    QUALIFY row_number() OVER (
+        PARTITION BY image_id, task ORDER BY run_finished_at DESC, predictions."at" DESC, model
+    ) = 1
+)"""
+
+VIEWS: dict[str, str] = {
+    "current_images": f"""
+WITH {_FINISHED}, {_LAST_SEEN}
+SELECT * FROM seen WHERE {_CURRENT}
+""",
+    "latest_outcomes": f"""
+WITH {_FINISHED}
+SELECT outcomes.* FROM outcomes JOIN finished USING (run)
+QUALIFY row_number() OVER (PARTITION BY image_id, task, model ORDER BY run_finished_at DESC, outcomes."at" DESC) = 1
+""",
+    "failures": f"""
+WITH {_FINISHED},
+failed AS (SELECT * FROM latest_outcomes WHERE status = 'failed'),
+seen AS (
+    SELECT images.* FROM images SEMI JOIN failed USING (image_id) SEMI JOIN finished USING (run)
+    QUALIFY row_number() OVER (PARTITION BY image_id ORDER BY seen_at DESC, event) = 1
+)
+SELECT f.image_id, s.uri, f.task, f.model, f.stage, f.error, f.message, f.retryable, f.sha256, f.num_bytes, f.format,
+    f.width, f.height, f.run, f."at", coalesce(s.{_CURRENT}, false) AS current
+FROM failed AS f LEFT JOIN seen AS s USING (image_id)
+""",
+    "latest_predictions": f"""
+WITH {_FINISHED}, {_LAST_SEEN}, {_NEWEST_PREDICTION}
+SELECT n.image_id, s.uri, n.task, n.model, n.label, n.confidence, n.margin, n.entropy, n.top5, n.probabilities, n.run,
+    n."at", coalesce(s.{_CURRENT}, false) AS current
+FROM newest AS n LEFT JOIN seen AS s USING (image_id)
+""",
+    # Of each annotation the last event counts (of two at one time: the deletion); then one label per image and task.
+    "current_labels": f"""
+WITH {_FINISHED},
+events AS (SELECT labels.*, run_finished_at FROM labels JOIN finished USING (run)),
+annotations AS (
+    SELECT * FROM events WHERE origin = 'label_studio'
+    QUALIFY row_number() OVER (
+        PARTITION BY server, project, annotation_id
+        ORDER BY updated_at DESC, event IN ('deleted', 'skipped') DESC, event = 'changed' DESC, run_finished_at DESC
+    ) = 1
+),
+valid AS (
+    SELECT * FROM annotations WHERE event NOT IN ('deleted', 'skipped')
+    UNION ALL
+    SELECT * FROM events WHERE origin = 'imported'
+)
+SELECT * EXCLUDE run_finished_at FROM valid
+QUALIFY row_number() OVER (
+    PARTITION BY image_id, task
+    ORDER BY origin = 'label_studio' DESC, updated_at DESC, run_finished_at DESC, annotation_id DESC
+) = 1
+""",
+    "results": f"""
+WITH {_FINISHED}, {_LAST_SEEN}, {_NEWEST_PREDICTION},
+chosen AS (
+    SELECT accepted.*, run_finished_at FROM accepted JOIN finished USING (run)
+    QUALIFY row_number() OVER (PARTITION BY image_id, task ORDER BY run_finished_at DESC, accepted."at" DESC) = 1
+),
+of_chosen AS (
+    SELECT predictions.* FROM predictions SEMI JOIN chosen USING (image_id, task, model) JOIN finished USING (run)
+    QUALIFY row_number() OVER (
+        PARTITION BY image_id, task, model ORDER BY run_finished_at DESC, predictions."at" DESC
+    ) = 1
+),
+decided AS (
+    SELECT image_id, task, label, if(origin = 'label_studio', 'person', 'imported') AS source,
+        NULL::FLOAT AS confidence, NULL::VARCHAR AS model, updated_at AS "at", 1 AS precedence
+    FROM current_labels WHERE label IS NOT NULL
+    UNION ALL
+    SELECT c.image_id, c.task, coalesce(c.label, p.label), 'accepted', p.confidence, c.model, c."at", 2
+    FROM chosen AS c LEFT JOIN of_chosen AS p USING (image_id, task, model)
+    WHERE coalesce(c.label, p.label) IS NOT NULL
+),
+answers AS (
+    SELECT * EXCLUDE precedence FROM decided
+    QUALIFY row_number() OVER (PARTITION BY image_id, task ORDER BY precedence) = 1
+    UNION ALL
+    SELECT image_id, task, label, 'prediction', confidence, model, "at"
+    FROM newest ANTI JOIN decided USING (image_id, task)
+)
+SELECT a.image_id, s.uri, s.split, a.task, a.label, a.source, a.confidence, a.model, a."at"
+FROM answers AS a JOIN seen AS s USING (image_id) WHERE s.{_CURRENT}
+""",
+}
+"""SQL of every view by name; a view may use tables and the views before it."""
