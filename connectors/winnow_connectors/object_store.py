@@ -14,8 +14,8 @@ any other               fsspec (``memory`` is in the tests)      no
 from __future__ import annotations
 
 import asyncio
-import sys
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor

@@ -39,7 +39,6 @@ from winnow.batches import Marker, Ranges, add_up, to_ranges
 from winnow.decoders import Decoded, DecoderPool
 from winnow.errors import FAILURE_KINDS, FetchError, ImageError, InferenceError, StoppedError
 from winnow.images import View
-from winnow.models.loading import load
 from winnow_connectors.ledger import Run
 from winnow_connectors.object_store import ObjectStores
 from winnow_jobs.spec import PredictSpec
@@ -186,6 +185,8 @@ class Infer:
         self, spec: PredictSpec, stores: ObjectStores, report: Report, *, device: str, num_threads: int
     ) -> None:
         import torch
+
+        from winnow.models.loading import load  # here, because it brings torch, which no other stage needs
 
         if device == "cpu":
             torch.set_num_threads(num_threads)

@@ -107,8 +107,8 @@ def _refuse_secrets(scheme: str, source: str, rest: str) -> None:
     secret = sorted(names & (_SECRETS if scheme in _QUERIES_GRANT else _SIGNATURES))
     if secret:
         raise CallError(
-            f"{redact(source.partition('?')[0])!r} is signed (it holds {', '.join(secret)}), and signatures are not stored; "
-            "give the plain URI, and credentials by environment or cloud profile"
+            f"{redact(source.partition('?')[0])!r} is signed (it holds {', '.join(secret)}), "
+            "and signatures are not stored; give the plain URI, and credentials by environment or cloud profile"
         )
 
 

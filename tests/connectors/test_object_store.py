@@ -68,7 +68,7 @@ def stores(root: str, request: pytest.FixtureRequest, tmp_path: Path) -> ObjectS
         return ObjectStores({}, tmp_path)
     server = request.getfixturevalue("s3_env")
     config = StorageConfig(endpoint=server.endpoint, region="us-east-1")
-    return ObjectStores({"s3://": config}, tmp_path, fetch_timeout_s=5.0, retry_timeout_s=5.0)
+    return ObjectStores({"s3://": config}, tmp_path, fetch_timeout_s=30.0, retry_timeout_s=30.0)
 
 
 @pytest.fixture

@@ -97,13 +97,18 @@ def test_classes_rename_the_outputs() -> None:
 # ------------------------------------------------------------------------------------------------------------------ timm
 
 
-@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "legacy_xception", "resnet50", "convnext_tiny", "eva02_base_patch14_448"])
+@pytest.mark.parametrize(
+    "name", ["tf_efficientnet_lite0", "legacy_xception", "resnet50", "convnext_tiny", "eva02_base_patch14_448"]
+)
 def test_timm_geometry_is_that_of_its_transform(name: str) -> None:
     preset = find_preset(f"timm/{name}")
     config = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
     resize, crop, _, normalise = timm.data.create_transform(**config).transforms
     wanted = preset.view.resize
-    assert resize.size == (wanted if isinstance(wanted, int) else list(wanted or ()) or None) or tuple(resize.size) == wanted
+    assert (
+        resize.size == (wanted if isinstance(wanted, int) else list(wanted or ()) or None)
+        or tuple(resize.size) == wanted
+    )
     assert tuple(crop.size) == preset.view.crop
     assert resize.interpolation.value == preset.view.interpolation
     assert normalise.mean.tolist() == pytest.approx(preset.mean)
@@ -142,7 +147,6 @@ def test_timm_model_outside_the_hub_resolves_without_a_network() -> None:
         ({"model": "timm/resnet5O"}, "did you mean resnet50"),
         ({"model": "timm/resnet50.imagenet"}, "tags of resnet50: a1_in1k"),
         ({"model": "timm/vit_base_patch16_224.mae"}, "not a classifier"),
-        ({"model": "timm/vit_base_patch16_sapiens2"}, "crops 1024 x 768"),
         ({"model": "keras/resnet50"}, "write torchvision/NAME"),
         ({"model": "model.onnx"}, r"\.safetensors, \.pth\.tar, \.pth, \.pt"),
         ({"model": "model.pth"}, "lacks architecture and classes"),
@@ -152,7 +156,10 @@ def test_timm_model_outside_the_hub_resolves_without_a_network() -> None:
         ({"model": "model.pth", "architecture": "torchvision/inception_v3", "classes": CLASSES}, "second time"),
         ({"model": "https://me:secret@host/model.pth"}, "holds credentials"),
         ({"model": "https://host/model.pth?X-Amz-Signature=abc"}, "holds credentials"),
-        ({"model": "https://host/model.pth", "architecture": ARCHITECTURE, "classes": CLASSES}, "nothing here reads URLs"),
+        (
+            {"model": "https://host/model.pth", "architecture": ARCHITECTURE, "classes": CLASSES},
+            "nothing here reads URLs",
+        ),
     ],
 )
 def test_wrong_reference_is_a_wrong_call(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -221,7 +228,9 @@ def test_wrong_number_of_classes_says_how_many(state: dict[str, torch.Tensor], t
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\xff\xd8 no" * 99])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\xff\xd8 no" * 99]
+)
 def test_damaged_file_is_refused(
     name: str, damage: Callable[[bytes], bytes], state: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
@@ -257,7 +266,7 @@ def test_code_in_a_checkpoint_never_runs(
         Path("model.pth").write_bytes(pickle.dumps(Evil()))
     else:
         torch.save({**state, "evil": Evil()}, "model.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CallError, match="is refused"):
+    with pytest.raises(CallError, match=r"is refused: it holds more than tensors.* (mkdir|\d+)"):
         resolve(checkpoint("model.pth"), base_dir=tmp_path)
     assert os.listdir() == ["model.pth"]
 
@@ -311,7 +320,11 @@ print("torch" in sys.modules)
 """
     runs = [
         subprocess.run(
-            [sys.executable, "-W", "error", "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120, check=True
+            [sys.executable, "-W", "error", "-c", script, str(tmp_path)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
         ).stdout.splitlines()
         for _ in range(2)
     ]
@@ -344,7 +357,11 @@ def test_url_is_read_again_only_when_its_version_changes(state: dict[str, torch.
     url = "s3://bucket/models/pets.safetensors"
     for version in ("etag-1", "etag-1", "etag-2"):
         model = resolve_cached(
-            checkpoint(url), cache_dir=tmp_path, base_dir=tmp_path, fetch=fetch, version=lambda _, etag=version: str(etag)
+            checkpoint(url),
+            cache_dir=tmp_path,
+            base_dir=tmp_path,
+            fetch=fetch,
+            version=lambda _, etag=version: str(etag),
         )
     assert fetched == [url, url]
     assert (model.location, model.weights) == (url, "pets.safetensors")

@@ -52,7 +52,12 @@ def test_only_the_row_that_is_not_finite_is_spoiled() -> None:
     logits = np.array([[1.0, 2.0], [np.nan, 0.0], [np.inf, 0.0], [-np.inf, 0.0], [3.0, 1.0]], dtype=np.float32)
     probabilities = softmax(logits)
     assert is_answered(probabilities).tolist() == [True, False, False, False, True]
-    for spoiled in (confidence(probabilities), margin(probabilities), entropy(probabilities), top_k(probabilities, 1)[1]):
+    for spoiled in (
+        confidence(probabilities),
+        margin(probabilities),
+        entropy(probabilities),
+        top_k(probabilities, 1)[1],
+    ):
         assert np.isnan(spoiled[1:4]).all()
         assert np.isfinite(spoiled[[0, 4]]).all()
     np.testing.assert_array_equal(probabilities[[0, 4]], softmax(logits[[0, 4]]))
@@ -66,7 +71,9 @@ def test_no_images_give_no_answers() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(arrays.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(2, 20)), elements=st.floats(-50, 50, width=32)))
+@given(
+    arrays.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(2, 20)), elements=st.floats(-50, 50, width=32))
+)
 def test_measures_agree_with_sorting(logits: np.ndarray) -> None:
     probabilities = softmax(logits)
     num_classes = probabilities.shape[1]

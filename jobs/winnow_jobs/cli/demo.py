@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 
 import click
@@ -28,6 +30,7 @@ Examples:
 @click.pass_obj
 def command(call: Call, images: str | None, folder: Path) -> None:
     """Ingest, predict and query from nothing: the main job on real photographs, or on your own images."""
+    from winnow_jobs.cli.ingest import print_result
     from winnow_jobs.cli.output import print_predict, print_table
     from winnow_jobs.demo import fetch_weights, prepare
 
@@ -39,8 +42,7 @@ def command(call: Call, images: str | None, folder: Path) -> None:
     fetch_weights(click.echo)
 
     click.secho(f"\n2 · winnow ingest {source}", bold=True)
-    ingested = workspace.ingest([source])
-    click.echo(str(ingested))
+    print_result(workspace.ingest([source]))
 
     click.secho("\n3 · winnow predict", bold=True)
     print_predict(workspace.predict())
@@ -63,17 +65,16 @@ def command(call: Call, images: str | None, folder: Path) -> None:
 
 def _say_what_next(folder: Path, images: str | None) -> None:
     click.secho("\nWhat to look at next", bold=True)
-    winnow = "../.venv/bin/winnow" if (Path(".venv/bin/winnow")).exists() and folder.parent == Path() else "winnow"
+    own = Path(sys.executable).with_name("winnow")
+    winnow = "winnow" if shutil.which("winnow") else str(own)
     for text, line in (
         ("go there", f"cd {folder}"),
-        ("again: nothing is pending, so it ends at once", f"{winnow} predict"),
+        ("nothing is pending, so it ends at once", f"{winnow} predict"),
         ("any question", f'{winnow} query "SELECT label, count(*) FROM predictions GROUP BY 1"'),
+        ("the doubtful ones first", f'{winnow} query "SELECT uri, label, margin FROM latest_predictions ORDER BY margin"'),
         ("what each run did, and what bounded it", f"{winnow} runs"),
-        (
-            "the doubtful ones first",
-            f'{winnow} query "SELECT uri, label, top5 FROM latest_predictions ORDER BY margin"',
-        ),
         ("is all well here?", f"{winnow} doctor"),
         *([] if images else [("stop the S3 server", f"{winnow} services down")]),
     ):
-        click.echo(f"  {line:<88} # {text}" if len(line) < 88 else f"  {line}\n{'':<90} # {text}")
+        click.echo(f"  {line}")
+        click.secho(f"      {text}", dim=True)

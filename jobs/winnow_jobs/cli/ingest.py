@@ -70,10 +70,11 @@ def command(
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(result)))
     else:
-        _print(result)
+        print_result(result)
 
 
-def _print(result: IngestResult) -> None:
+def print_result(result: IngestResult) -> None:
+    """Counts for people."""
     lines = [
         ("listed", f"{result.num_listed:,}"),
         ("added", f"{result.num_added:,}"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
@@ -246,9 +247,9 @@ def _imagenet_names(num_classes: int) -> tuple[str, ...]:
 
 def _distinct(names: Sequence[str], extra: Sequence[str] | None = None) -> tuple[str, ...]:
     """The names; those that stand more than once get ``extra`` (else their index) in brackets behind them."""
-    doubled = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
+    counts = Counter(names)
     marks = extra if extra is not None else [str(index) for index in range(len(names))]
-    return tuple(f"{name} ({mark})" if name in doubled else name for name, mark in zip(names, marks, strict=True))
+    return tuple(f"{name} ({mark})" if counts[name] > 1 else name for name, mark in zip(names, marks, strict=True))
 
 
 def _interpolation(name: str, reference: str) -> Interpolation:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
-import re
 import struct
 import warnings
 from collections.abc import Mapping
@@ -110,12 +109,11 @@ def _read_pickle(source: Path | bytes, name: str) -> object:
             return torch.load(stream, map_location="cpu", weights_only=True)
     except _UNPICKLING_FAULTS as error:
         said = str(error)
-        refused = re.search(r"(?:Unsupported global: )?GLOBAL ([\w.]+)|Unsupported class ([\w.]+)", said)
-        if refused:
-            what = refused.group(1) or refused.group(2)
+        if isinstance(error, pickle.UnpicklingError):
+            reason = _first_line(said.partition("WeightsUnpickler error:")[2]) or type(error).__name__
             raise CallError(
-                f"{name} is refused: it holds more than tensors ({what}), and loading that could run code; "
-                "save model.state_dict() alone, best as .safetensors"
+                f"{name} is refused: it holds more than tensors, or none at all ({reason}), and loading that could run "
+                "code; save model.state_dict() alone, best as .safetensors"
             ) from None
         if "TorchScript" in said:
             raise CallError(f"{name} is a TorchScript archive; save model.state_dict() instead") from None
