@@ -118,8 +118,10 @@ class Run:
         return sum(1 for _ in self.store.list(self.key("stops/")))
 
     def stop(self, generation: int, reason: str) -> None:
-        """Record that access or storage failed for too many images: batches of that generation with such failures
-        no longer count."""
+        """Record that access or storage failed for too many images.
+
+        Batches of that generation which hold such failures no longer count.
+        """
         self.store.create(self.key(f"stops/{generation}.json"), json.dumps({"reason": reason}).encode())
 
     def select(self) -> Selection:
@@ -145,7 +147,11 @@ class Run:
             status: ``finished`` or ``abandoned``.
             fragments: the files to publish.
             summary: the columns of the row in ``runs`` beyond those that the plan knows.
+
+        Raises:
+            StorageError: a fragment's file is missing or has another size; nothing is decided then.
         """
+        self.tables.check_files(fragments)
         outcome = {
             "status": status,
             "finished_at": datetime.now(UTC).isoformat(),
@@ -266,8 +272,8 @@ class Ledger:
                 return run
             if run.outcome() is None:
                 raise OpenRunError(
-                    f"run {run.run_id} ({run.plan.job}, started {run.plan.started_at[:16]} on {run.plan.host}) is open on the same "
-                    "work with other options; finish it with "
+                    f"run {run.run_id} ({run.plan.job}, started {run.plan.started_at[:16]} on {run.plan.host}) "
+                    "is open on the same work with other options; finish it with "
                     f"`winnow runs resume {run.run_id}` or give it up with `winnow runs abandon {run.run_id}`"
                 )
         return None

@@ -37,6 +37,7 @@ import pyarrow.parquet as pq
 
 from winnow import uris
 from winnow.errors import CallError
+from winnow_connectors.columns import as_map, as_text, filled, mapped
 
 SUFFIXES = (".parquet", ".pq", ".csv", ".csv.gz", ".txt")
 """Endings that make a file a manifest."""
@@ -158,7 +159,7 @@ class Manifest:
         found["uri"] = self._uris(column, rows, decode_keys=decode_keys)
         found["path"] = self._paths(found["uri"])
         for role in ("label", "split", "group"):
-            found[role] = _filled(as_text(column[role])) if role in column else missing
+            found[role] = filled(as_text(column[role])) if role in column else missing
         found["size"] = (
             self._checked(column["size"], rows, pa.int64(), r"^\d{1,18}$", "size", "a whole number of bytes")
             if "size" in column
@@ -179,12 +180,12 @@ class Manifest:
 
     def _uris(self, column: dict[str, pa.Array], rows: pa.Array, *, decode_keys: bool) -> pa.Array:
         if "uri" in column:
-            given = _filled(as_text(column["uri"]))
+            given = filled(as_text(column["uri"]))
         else:
-            key = _filled(as_text(column["key"]))
+            key = filled(as_text(column["key"]))
             if decode_keys:
-                key = _mapped(key, pc.match_substring_regex(key, "[%+]"), unquote_plus)
-            bucket = _filled(as_text(column["bucket"]))
+                key = mapped(key, pc.match_substring_regex(key, "[%+]"), unquote_plus)
+            bucket = filled(as_text(column["bucket"]))
             given = pc.binary_join_element_wise("s3://", bucket, "/", key, "")  # the last argument stands between them
         self._refuse(pc.is_null(given), rows, lambda index: "no URI" if "uri" in column else "no bucket or no key")
         given = pc.if_else(
@@ -220,7 +221,7 @@ class Manifest:
         web = pc.match_substring_regex(listed, "^https?:")
         paths = pc.if_else(web, pc.replace_substring_regex(paths, r"(?s)\?.*$", ""), paths)
         encoded = pc.and_(pc.match_substring_regex(listed, "^(?:https?|file):"), pc.match_substring(paths, "%"))
-        return _mapped(paths, encoded, decode_path)
+        return mapped(paths, encoded, decode_path)
 
     def _times(self, column: pa.Array, rows: pa.Array) -> pa.Array:
         kind = LISTING.field("last_modified").type
@@ -248,7 +249,7 @@ class Manifest:
                 return column.cast(kind)
             except pa.ArrowInvalid:
                 column = as_text(column)
-        text = _filled(column)
+        text = filled(column)
         wrong = pc.fill_null(pc.invert(pc.match_substring_regex(text, pattern)), False)
         self._refuse(wrong, rows, lambda index: f"{name} {text[index].as_py()!r} is not {valid}")
         try:
@@ -287,39 +288,6 @@ def inventory_files(data: bytes, name: str) -> tuple[tuple[str, ...], tuple[str,
 def decode_path(text: str) -> str:
     """Percent-escapes decoded; bytes that are not UTF-8 become U+FFFD."""
     return unquote_to_bytes(text).decode("utf-8", "replace")
-
-
-def as_text(column: pa.Array) -> pa.Array:
-    """Any column as string: whole floats without a fraction, nested values as JSON."""
-    kind = column.type
-    if pa.types.is_dictionary(kind):
-        return as_text(column.dictionary_decode())
-    if pa.types.is_floating(kind) and pc.all(pc.equal(column, pc.trunc(column)), skip_nulls=True).as_py():
-        try:
-            return column.cast(pa.int64()).cast(pa.string())
-        except pa.ArrowInvalid:
-            return column.cast(pa.string())
-    if pa.types.is_nested(kind):
-        return pa.array(
-            [None if value is None else json.dumps(value, default=str) for value in column.to_pylist()], pa.string()
-        )
-    return column.cast(pa.string())
-
-
-def as_map(columns: dict[str, pa.Array], num_rows: int) -> pa.Array:
-    """Columns as one ``map<string, string>`` column without null values; null where nothing is left."""
-    kind = pa.map_(pa.string(), pa.string())
-    if not columns:
-        return pa.nulls(num_rows, kind)
-    texts = [as_text(column) for column in columns.values()]
-    valid_RC = np.stack([text.is_valid().to_numpy(zero_copy_only=False) for text in texts], axis=1)
-    order = (np.arange(num_rows)[:, None] + np.arange(len(texts))[None, :] * num_rows)[valid_RC]
-    values = pa.concat_arrays(texts).take(pa.array(order))
-    keys = pa.array(list(columns), pa.string()).take(pa.array(np.nonzero(valid_RC)[1]))
-    counts = valid_RC.sum(axis=1)
-    offsets = pa.array(np.concatenate(([0], np.cumsum(counts))).astype(np.int32))
-    maps = pa.MapArray.from_arrays(offsets, keys, values)
-    return maps if counts.all() else pc.if_else(pa.array(counts > 0), maps, pa.scalar(None, kind))
 
 
 def _parquet_batches(path: Path) -> Iterator[pa.RecordBatch]:
@@ -428,19 +396,3 @@ def _is_inventory(names: Sequence[str]) -> bool:
 
 def _squash(name: str) -> str:
     return re.sub(r"[\s_-]", "", name).lower()
-
-
-def _filled(text: pa.Array) -> pa.Array:
-    """Null where there is only white space."""
-    return pc.if_else(pc.equal(pc.utf8_trim_whitespace(text), ""), pa.scalar(None, pa.string()), text)
-
-
-def _mapped(text: pa.Array, where: pa.Array, function: Callable[[str], str]) -> pa.Array:
-    """``function`` applied to the values where ``where`` holds."""
-    indices = np.flatnonzero(pc.fill_null(where, False).to_numpy(zero_copy_only=False))
-    if not indices.size:
-        return text
-    values = text.to_pylist()
-    for index in indices:
-        values[index] = function(values[index])
-    return pa.array(values, pa.string())

@@ -102,7 +102,7 @@ class Tables:
         """
         from deltalake import CommitProperties, Transaction
         from deltalake.exceptions import CommitFailedError, DeltaError
-        from deltalake.transaction import AddAction
+        from deltalake.transaction import AddAction, RemoveAction
 
         chosen = list(fragments)
         now_ms = int(time.time() * 1000)
@@ -111,8 +111,8 @@ class Tables:
             if table.transaction_version(app_id) is not None:
                 return False
             if attempt == 0:
-                self._check_files(name, chosen)
-            actions = [
+                self.check_files(chosen)
+            actions: list[AddAction | RemoveAction] = [
                 AddAction(
                     quote(fragment.path),
                     fragment.num_bytes,
@@ -138,24 +138,29 @@ class Tables:
             logger.info("table %s: committed %d files, %d rows", name, len(chosen), sum(f.num_rows for f in chosen))
             return True
         raise StorageError(
-            f"commit to table {name!r} collided {_COMMIT_ATTEMPTS} times with other writers; running the same command again is safe"
+            f"commit to table {name!r} collided {_COMMIT_ATTEMPTS} times with other writers; "
+            "running the same command again is safe"
         )
 
     def is_committed(self, name: str, app_id: str) -> bool:
         """True when a commit with that ``app_id`` is in the table."""
         return self.open(name).transaction_version(app_id) is not None
 
-    def _check_files(self, name: str, fragments: Sequence[Fragment]) -> None:
-        folders = {fragment.path.rsplit("/", 1)[0] for fragment in fragments}
-        prefix = f"tables/{name}/"
-        found = {info.key: info.size for folder in folders for info in self._store.list(f"{prefix}{folder}/")}
+    def check_files(self, fragments: Sequence[Fragment]) -> None:
+        """Make sure that the fragments' files are there, whole.
+
+        Raises:
+            StorageError: one is missing or has another size.
+        """
+        folders = {f"tables/{fragment.table}/{fragment.path.rsplit('/', 1)[0]}/" for fragment in fragments}
+        found = {info.key: info.size for folder in folders for info in self._store.list(folder)}
         for fragment in fragments:
-            size = found.get(prefix + fragment.path)
+            size = found.get(f"tables/{fragment.table}/{fragment.path}")
             if size != fragment.num_bytes:
                 state = "is missing" if size is None else f"has {size} bytes instead of {fragment.num_bytes}"
                 raise StorageError(
-                    f"table {name!r}: file {fragment.path} {state}; nothing was published. Was the warehouse cleaned by "
-                    "hand? Abandon this run with `winnow runs abandon` and run the job again"
+                    f"table {fragment.table!r}: file {fragment.path} {state}; nothing was published. Was the warehouse "
+                    "cleaned by hand? Abandon this run with `winnow runs abandon` and run the job again"
                 )
 
     def _uri(self, name: str) -> str | Path:

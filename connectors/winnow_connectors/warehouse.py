@@ -51,7 +51,8 @@ class Warehouse:
             raise CallError(f"there is no warehouse at {self.uri}; run `winnow init` to create it")
         if found != FORMAT_VERSION:
             raise StorageError(
-                f"the warehouse at {self.uri} has format {found}; this version of winnow reads format {FORMAT_VERSION}: install a matching version"
+                f"the warehouse at {self.uri} has format {found}; this version of winnow reads "
+                f"format {FORMAT_VERSION}: install a matching version"
             )
 
     def _format(self) -> int | None:

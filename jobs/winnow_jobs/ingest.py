@@ -14,27 +14,19 @@ import logging
 import resource
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
-from winnow import __version__, uris
+from winnow import __version__
 from winnow.config import SplitsConfig
 from winnow.errors import CallError
-from winnow.patterns import FIELDS, PathFilter, PathPattern
-from winnow.splits import SPLITS
-from winnow_connectors.changes import SPOOL, Changes, compare
+from winnow_connectors.changes import Changes, compare
 from winnow_connectors.ledger import Plan, Run, digest_of, new_run_id
-from winnow_connectors.manifests import LISTING
-from winnow_connectors.sources import Listed, Source, ask_versions, parse_source, read_source
+from winnow_connectors.sources import parse_source
+from winnow_jobs.listing import IngestCall, Spool, Tally
 from winnow_jobs.progress import Progress
 
 if TYPE_CHECKING:
@@ -49,41 +41,6 @@ FRAGMENT_ROWS = 250_000
 """Rows per written file, at most."""
 
 _MAX_ATTEMPTS = 20
-
-
-@dataclass(frozen=True)
-class IngestCall:
-    """What was asked for; part of the plan.
-
-    Attributes:
-        sources: canonical URIs.
-        manifest: take every source as a manifest.
-        pattern: path pattern that gives label, split, group and metadata, such as ``{split}/{label}/*``.
-        task: whose labels come in.
-        include, exclude, hidden: which paths are images.
-        vanish: mark known images of the sources that are no longer listed.
-        stat: ask storage for each object whose version is not told.
-        splits: shares of splits and audit reserve.
-    """
-
-    sources: tuple[str, ...]
-    manifest: bool = False
-    pattern: str | None = None
-    task: str | None = None
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
-    hidden: bool = False
-    vanish: bool = True
-    stat: bool = False
-    splits: Mapping[str, float] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        values: dict[str, Any] = dict(data)
-        return cls(**values | {name: tuple(values[name]) for name in ("sources", "include", "exclude")})
 
 
 @dataclass(frozen=True)
@@ -180,7 +137,7 @@ def carry_out(workspace: Workspace, call: IngestCall) -> IngestResult:
     ledger.join([WORK], digest)  # refuses before anything is listed when a different ingest is open
     with tempfile.TemporaryDirectory(prefix="winnow-ingest-") as name:
         scratch = Path(name)
-        spool = _Spool(workspace, call, scratch)
+        spool = Spool(workspace, call, scratch)
         tally = spool.fill()
         for attempt in range(_MAX_ATTEMPTS):
             # In this order: no ingest is open and none is published unseen between the numbers and the comparison.
@@ -207,7 +164,7 @@ def carry_out(workspace: Workspace, call: IngestCall) -> IngestResult:
             is_own = run is None
             if run is None:
                 if changes.is_empty:
-                    return tally.result(None, changes, started, "nothing new")
+                    return _result(tally, None, changes, started, "nothing new")
                 run = ledger.begin(
                     Plan(
                         run_id=new_run_id("ingest"),
@@ -228,139 +185,37 @@ def carry_out(workspace: Workspace, call: IngestCall) -> IngestResult:
     raise CallError(f"other ingests were faster {_MAX_ATTEMPTS} times; run the command again when they are done")
 
 
-class _Spool:
-    """The listing of all sources, filtered and named by the pattern, in one local file."""
-
-    def __init__(self, workspace: Workspace, call: IngestCall, scratch: Path) -> None:
-        self._stores = workspace.stores
-        self._scratch = scratch
-        self._call = call
-        self._sources = [parse_source(uri, manifest=call.manifest) for uri in call.sources]
-        self.source_names = [source.name for source in self._sources]
-        self._pattern = PathPattern(call.pattern) if call.pattern is not None else None
-        self._config = workspace.config
-        if call.task is not None:
-            self._config.task(call.task)
-        elif self._pattern is not None and "label" in self._pattern.names:
-            self._only_task()
-        self.path = scratch / "listing.parquet"
-
-    def fill(self) -> _Tally:
-        """List everything.
-
-        Raises:
-            CallError: a source is missing or malformed, a split is unknown, or labels belong to no task.
-        """
-        tally = _Tally()
-        started = time.monotonic()
-        with pq.ParquetWriter(self.path, SPOOL) as writer, Progress("list") as progress:
-            for source in self._sources:
-                before = tally.num_listed
-                paths = PathFilter(
-                    self._call.include, self._call.exclude, hidden=self._call.hidden, whole_path=not source.is_manifest
-                )
-                for listed in read_source(source, self._stores, self._scratch):
-                    rows = self._prepare(listed, source, paths, tally)
-                    if rows.num_rows:
-                        writer.write_batch(rows)
-                    progress.update(tally.num_listed)
-                if tally.num_listed == before:
-                    logger.warning("%s lists no object; is the name right?", uris.redact(source.uri))
-        if tally.num_with_label:
-            tally.task = self._call.task or self._only_task()
-        tally.seconds["list"] = time.monotonic() - started
-        if tally.num_unversioned:
-            logger.warning(
-                "%s objects have no version: their changes will not be noticed; give an etag column, or --stat",
-                f"{tally.num_unversioned:,}",
-            )
-        logger.info("listed %s objects in %.1f s", f"{tally.num_listed:,}", tally.seconds["list"])
-        return tally
-
-    def _prepare(self, listed: Listed, source: Source, paths: PathFilter, tally: _Tally) -> pa.RecordBatch:
-        rows = listed.rows
-        tally.num_listed += rows.num_rows
-        if source.is_manifest or rows.column("path")[0].as_py() != uris.name_of(source.uri) or rows.num_rows > 1:
-            kept, skipped = paths.judge(rows.column("path"))
-            tally.skipped.update(skipped)
-            rows = rows.filter(kept) if skipped else rows
-        if source.is_manifest:
-            rows, num_missing, _ = ask_versions(rows, self._stores, everywhere=self._call.stat)
-            tally.skipped.update({"missing": num_missing} if num_missing else {})
-        found = {name: rows.column(name) for name in LISTING.names}
-        if self._pattern is not None:
-            self._apply_pattern(found, tally)
-        _check_splits(found["split"], found["path"], found["row"], listed.origin)
-        tally.num_with_label += rows.num_rows - found["label"].null_count
-        tally.num_unversioned += found["version"].null_count
-        found["number"] = pa.array(np.arange(tally.num_kept, tally.num_kept + rows.num_rows, dtype=np.int64))
-        tally.num_kept += rows.num_rows
-        found["source"] = pa.repeat(pa.scalar(source.name), rows.num_rows)
-        return pa.RecordBatch.from_arrays([found[name] for name in SPOOL.names], schema=SPOOL)
-
-    def _apply_pattern(self, found: dict[str, pa.Array], tally: _Tally) -> None:
-        """What a manifest's columns say wins over what the path says."""
-        assert self._pattern is not None
-        matched, named = self._pattern.extract(found["path"])
-        tally.num_unmatched += len(matched) - (pc.sum(matched).as_py() or 0)
-        for name in FIELDS:
-            if name in named:
-                found[name] = pc.coalesce(found[name], named.pop(name))
-        if named:
-            found["metadata"] = _merged(found["metadata"], named)
-
-    def _only_task(self) -> str:
-        names = sorted(name for name, task in self._config.tasks.items() if task.kind == "classification")
-        if len(names) == 1:
-            return names[0]
-        if not names:
-            raise CallError("labels come in, but no task is configured; add a [tasks.NAME] section to winnow.toml")
-        raise CallError(f"labels come in, but for which task? Name it with --task: {', '.join(names)}")
-
-
-@dataclass
-class _Tally:
-    """Counts while listing, and the result made from them."""
-
-    num_listed: int = 0
-    num_kept: int = 0
-    num_unmatched: int = 0
-    num_with_label: int = 0
-    num_unversioned: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-    seconds: dict[str, float] = field(default_factory=dict)
-    task: str | None = None
-
-    def result(self, run_id: str | None, changes: Changes, started: float, verdict: str = "") -> IngestResult:
-        total = time.monotonic() - started
-        skipped = {**self.skipped, **({"listed_twice": changes.num_twice} if changes.num_twice else {})}
-        parts = {
-            "added": changes.num_added,
-            "changed": changes.num_changed,
-            "vanished": changes.num_vanished,
-            "unchanged": changes.num_unchanged,
-            "labels imported": changes.num_labels,
-            "skipped": sum(skipped.values()),
-        }
-        counted = ", ".join(f"{count:,} {name}" for name, count in parts.items() if count) or "no object listed"
-        return IngestResult(
-            run_id=run_id,
-            num_listed=self.num_listed,
-            num_added=changes.num_added,
-            num_changed=changes.num_changed,
-            num_vanished=changes.num_vanished,
-            num_unchanged=changes.num_unchanged,
-            num_labels=changes.num_labels,
-            num_unmatched=self.num_unmatched,
-            skipped=dict(sorted(skipped.items())),
-            seconds={name: round(value, 3) for name, value in {**self.seconds, "total": total}.items()},
-            images_per_s=round(self.num_listed / total, 1) if total > 0 else 0.0,
-            verdict=f"{verdict}: {counted}" if verdict else counted,
-        )
+def _result(tally: Tally, run_id: str | None, changes: Changes, started: float, verdict: str = "") -> IngestResult:
+    """What was done, in numbers and in words."""
+    total = time.monotonic() - started
+    skipped = {**tally.skipped, **({"listed_twice": changes.num_twice} if changes.num_twice else {})}
+    parts = {
+        "added": changes.num_added,
+        "changed": changes.num_changed,
+        "vanished": changes.num_vanished,
+        "unchanged": changes.num_unchanged,
+        "labels imported": changes.num_labels,
+        "skipped": sum(skipped.values()),
+    }
+    counted = ", ".join(f"{count:,} {name}" for name, count in parts.items() if count) or "no object listed"
+    return IngestResult(
+        run_id=run_id,
+        num_listed=tally.num_listed,
+        num_added=changes.num_added,
+        num_changed=changes.num_changed,
+        num_vanished=changes.num_vanished,
+        num_unchanged=changes.num_unchanged,
+        num_labels=changes.num_labels,
+        num_unmatched=tally.num_unmatched,
+        skipped=dict(sorted(skipped.items())),
+        seconds={name: round(value, 3) for name, value in {**tally.seconds, "total": total}.items()},
+        images_per_s=round(tally.num_listed / total, 1) if total > 0 else 0.0,
+        verdict=f"{verdict}: {counted}" if verdict else counted,
+    )
 
 
 def _publish(
-    workspace: Workspace, run: Run, changes: Changes, tally: _Tally, started: float, *, is_own: bool
+    workspace: Workspace, run: Run, changes: Changes, tally: Tally, started: float, *, is_own: bool
 ) -> IngestResult | None:
     """Write the files, decide, commit. None when the run was abandoned meanwhile: then the changes count anew."""
     before = time.monotonic()
@@ -378,7 +233,7 @@ def _publish(
                     num_written += rows.num_rows
                     progress.update(num_written)
         tally.seconds["write"] = time.monotonic() - before
-        result = tally.result(run.run_id, changes, started)
+        result = _result(tally, run.run_id, changes, started)
         is_mine = run.decide("finished", fragments, _summary(result))
     except KeyboardInterrupt:
         if is_own:  # or else the next ingest with other options would be refused; nothing of this run is of use to it
@@ -426,27 +281,3 @@ def _summary(result: IngestResult) -> dict[str, Any]:
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "verdict": result.verdict,
     }
-
-
-def _check_splits(splits: pa.Array, paths: pa.Array, rows: pa.Array, origin: str) -> None:
-    """Refuse unknown splits, naming the first."""
-    wrong = pc.and_kleene(pc.is_valid(splits), pc.invert(pc.is_in(splits, pa.array(SPLITS))))
-    first = pc.index(wrong, True).as_py()
-    if first >= 0:
-        raise CallError(
-            f"split {splits[first].as_py()!r} is unknown; choose {', '.join(SPLITS[:-1])} or {SPLITS[-1]} "
-            f"(row {rows[first].as_py():,} of {uris.redact(origin)}: {paths[first].as_py()!r})"
-        )
-
-
-def _merged(metadata: pa.Array, named: Mapping[str, pa.Array]) -> pa.Array:
-    """Metadata with further entries; what is there already wins."""
-    kind = metadata.type
-    values = {name: column.to_pylist() for name, column in named.items()}
-    merged = []
-    for index, entries in enumerate(metadata.to_pylist()):
-        found = {name: column[index] for name, column in values.items() if column[index] is not None} | dict(
-            entries or ()
-        )
-        merged.append(list(found.items()) or None)
-    return pa.array(merged, kind)

@@ -59,8 +59,8 @@ class Board:
         share = tally.systemic / max(1, tally.read)
         if tally.stop_reason is None and tally.read >= _MIN_READ_TO_STOP and share > self._max_failure_share:
             tally.stop_reason = (
-                f"{tally.systemic:,} of the first {tally.read:,} images ({share:.0%}) could not be read for reasons of access or "
-                f"storage, more than max_failure_share = {self._max_failure_share:g}"
+                f"{tally.systemic:,} of the first {tally.read:,} images ({share:.0%}) could not be read for reasons of "
+                f"access or storage, more than max_failure_share = {self._max_failure_share:g}"
             )
         return tally.stop_reason
 

@@ -327,8 +327,8 @@ def _ask(workspace: Workspace, run: Run, spec: PredictSpec, selection: Selection
             )
         else:
             raise JobError(
-                f"run {run.run_id}: {num_positions(selection.missing):,} images stay without an outcome after {_MAX_ROUNDS} rounds; "
-                "run the same command again, and report this with the log if it stays so"
+                f"run {run.run_id}: {num_positions(selection.missing):,} images stay without an outcome after "
+                f"{_MAX_ROUNDS} rounds; run the same command again, and report this with the log if it stays so"
             )
         ended = time.monotonic()
         begun = first_answer[0] if first_answer else ended
@@ -361,8 +361,8 @@ def _stop_if_systemic(run: Run, spec: PredictSpec, selection: Selection) -> None
 
 def _stopped(run: Run, reason: str) -> StoppedError:
     return StoppedError(
-        f"stopped, nothing was published: {reason}. Check credentials and storage (`winnow doctor`), then run the same command: "
-        f"run {run.run_id} keeps the batches without such failures and asks the rest again; or give it up with "
+        f"stopped, nothing was published: {reason}. Check credentials and storage (`winnow doctor`), then run the "
+        f"same command: run {run.run_id} keeps the batches without such failures and asks the rest again; or give it up with "
         f"`winnow runs abandon {run.run_id}`"
     )
 

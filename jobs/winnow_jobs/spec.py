@@ -100,6 +100,10 @@ def make_spec(
     Args:
         config: the ``[predict]`` section.
         tasks: kind, resolved model and store_probabilities, by task name.
+        batch_size: images per forward pass; 0 is planned when the work begins.
+        chunk_rows: images per file of the plan.
+        fragment_rows: images per written file.
+        asked: what narrowed the plan.
     """
     views = distinct_views([model for _, model, _ in tasks.values()])
     return PredictSpec(

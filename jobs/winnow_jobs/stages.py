@@ -193,7 +193,8 @@ class Infer:
         self._spec = spec
         self._report = report
         self._models = {
-            name: load(task.model, device=device, precision=spec.precision, fetch=stores.download) for name, task in spec.tasks.items()
+            name: load(task.model, device=device, precision=spec.precision, fetch=stores.download)
+            for name, task in spec.tasks.items()
         }
 
     def __call__(self, table: pa.Table) -> pa.Table:

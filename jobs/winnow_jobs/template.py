@@ -30,7 +30,9 @@ def template(*, warehouse: str = "./warehouse", storage: str = "") -> str:
         _HEADER,
         _section("warehouse", WarehouseConfig, {"uri": warehouse}),
         storage or _section('storage."s3://"', StorageConfig, {}, commented=True),
-        _section("tasks.objects", TaskConfig, {"kind": "classification", "model": "torchvision/mobilenet_v2@IMAGENET1K_V1"}),
+        _section(
+            "tasks.objects", TaskConfig, {"kind": "classification", "model": "torchvision/mobilenet_v2@IMAGENET1K_V1"}
+        ),
         _section("ingest", IngestConfig, {}),
         _section("splits", SplitsConfig, {}),
         _section("predict", PredictConfig, {}),

@@ -31,12 +31,14 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Attributes:
-    bound_by: ``fetching``, ``decoding``, ``inference`` or ``start-up``.
-    images_per_s: while the workers were at work.
-    ceiling_images_per_s: what these workers could reach by their own measured times.
-    ceiling_share: images_per_s / ceiling_images_per_s, at most 1.
-    text: one or two sentences.
+    """What bounds a run.
+
+    Attributes:
+        bound_by: ``fetching``, ``decoding``, ``inference`` or ``start-up``.
+        images_per_s: while the workers were at work.
+        ceiling_images_per_s: what these workers could reach by their own measured times.
+        ceiling_share: images_per_s / ceiling_images_per_s, at most 1.
+        text: one or two sentences.
     """
 
     bound_by: str
@@ -85,7 +87,7 @@ def judge(*, num_images: int, num_here: int, seconds: Mapping[str, float], capac
     if seconds.get("starting", 0.0) > working:
         bound_by = "start-up"
         text = (
-            f"{num_here:,} images in {working:.1f} s after {seconds['starting']:.1f} s of start-up, which bounds so short a run; "
-            f"then {reached:,.1f} images/s, {share:.0%} of the {ceiling:,.1f} images/s that {stage} allows"
+            f"{num_here:,} images in {working:.1f} s after {seconds['starting']:.1f} s of start-up, which bounds so "
+            f"short a run; then {reached:,.1f} images/s, {share:.0%} of the {ceiling:,.1f} images/s that {stage} allows"
         )
     return Verdict(bound_by, reached, ceiling, share, f"{text}. To go faster: {_ADVICE[bound_by]}.")

@@ -59,6 +59,7 @@ class Workspace:
             self.folder,
             fetch_timeout_s=predict.fetch_timeout_s,
             retry_timeout_s=predict.retry_timeout_s,
+            max_concurrency=max(64, predict.fetch_concurrency),
         )
 
     @cached_property

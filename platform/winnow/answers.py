@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from winnow.schemas import TABLES
-from winnow.uncertainty import confidence, entropy, margin, top_k
+from winnow.uncertainty import confidence, entropy, is_answered, margin, top_k
 
 _COLUMNS = ("label", "confidence", "margin", "entropy", "top5", "probabilities")
 
@@ -34,7 +34,7 @@ def classification_answers(
     """
     if probabilities_NC.shape[1:] != (len(classes),):
         raise ValueError(f"{len(classes)} classes do not fit probabilities of shape {probabilities_NC.shape}")
-    finite = np.isfinite(probabilities_NC).all(axis=1)
+    finite = is_answered(probabilities_NC)
     probabilities_NC = np.where(finite[:, None], probabilities_NC, np.float32(1.0 / len(classes)))
     num = len(probabilities_NC)
     depth = min(5, len(classes))

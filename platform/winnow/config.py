@@ -30,14 +30,15 @@ class WarehouseConfig(_Section):
     uri: str = Field(
         "./warehouse",
         min_length=1,
-        description="Folder or object-store prefix (s3://bucket/prefix, gs://, az://). Relative paths start at winnow.toml.",
+        description="Folder or object-store prefix (s3://bucket/prefix, gs://, az://); relative to winnow.toml.",
     )
 
 
 class StorageConfig(_Section):
     """How to reach the URLs that start with this section's name; the longest matching name wins.
 
-    Secrets never stand here: keys come from the environment (AWS_ACCESS_KEY_ID, …), a cloud profile, or the machine's role.
+    Secrets never stand here: keys come from the environment (AWS_ACCESS_KEY_ID, …), a cloud profile, or the machine's
+    role.
     """
 
     endpoint: str | None = Field(None, description="Address of an S3-compatible server, such as http://127.0.0.1:8333.")
@@ -164,7 +165,7 @@ class PredictConfig(_Section):
     )
     max_failure_share: Share = Field(
         0.2,
-        description="Stop unpublished when more than this share fails for reasons of access or storage, after 200 images.",
+        description="Stop when more than this share of at least 200 images fails for reasons of access or storage.",
     )
     fragment_rows: int = Field(0, ge=0, le=1_000_000, description="Images per written file; 0 plans it, up to 20,000.")
 
@@ -246,7 +247,7 @@ def _describe(fault: Any) -> str:
     message = _lower(message.removeprefix("Value error, "))
     if location[-1] == "[key]":
         key = ".".join(_quote(part) for part in location[:-1])
-        return f"  {key}: a name starts with a lower-case letter and goes on with lower-case letters, digits and _, at most 63"
+        return f"  {key}: a name starts with a lower-case letter; lower-case letters, digits and _ follow, 63 at most"
     if isinstance(value, dict):
         return f"  {key}: {message}"
     shown = redact(value) if isinstance(value, str) else value

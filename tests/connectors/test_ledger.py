@@ -271,11 +271,15 @@ def test_a_commit_whose_file_is_missing_publishes_nothing(folder: Path) -> None:
     lost = next(run.markers()).fragments[1]
     assert lost.table == "predictions"
     (folder / "tables" / lost.table / lost.path).unlink()
-    run.decide("finished", next(run.markers()).fragments, {})
     with pytest.raises(StorageError, match=r"is missing; nothing was published"):
-        run.close()
-    assert rows(folder, "predictions") == []
-    assert rows(folder, "runs") == []
+        publish(run)
+    assert run.outcome() is None
+    with pytest.raises(StorageError, match=r"is missing; nothing was published"):
+        run.tables.commit("predictions", [lost], app_id=run.run_id)
+    assert run.tables.open("predictions").version() == 0
+    open_ledger(folder).abandon(run, "its files are gone")
+    drive(open_ledger(folder))
+    check(folder)
 
 
 def test_a_commit_whose_file_was_cut_short_publishes_nothing(folder: Path) -> None:

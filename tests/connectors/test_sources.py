@@ -21,7 +21,8 @@ from faulty_http import FaultyHttp
 from winnow import uris
 from winnow.config import StorageConfig
 from winnow.errors import CallError
-from winnow_connectors.manifests import LISTING, Manifest, as_map, as_text
+from winnow_connectors.columns import as_map, as_text
+from winnow_connectors.manifests import LISTING, Manifest
 from winnow_connectors.object_store import ObjectStores
 from winnow_connectors.sources import ask_versions, parse_source, read_source
 

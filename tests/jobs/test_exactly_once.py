@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 import workspaces as ws
 from winnow_jobs import Workspace
 from winnow_jobs.local_s3 import LocalS3
@@ -75,7 +77,16 @@ def s3_place(tmp_path: Path, num_images: int, server: LocalS3) -> Place:
     return make_place(tmp_path / "workspace", num_images, server)
 
 
-def finish(place: Place, *processes: object) -> None:
+def wait_for_batches(place: Place, process: subprocess.Popen[bytes], num_batches: int) -> None:
+    """Wait until so many batches are written in all, or the driver has ended."""
+    ws.wait_until(
+        lambda: ws.num_markers(place.workspace) >= num_batches or process.poll() is not None,
+        timeout_s=240,
+        what=f"a written batch; see {place.log}",
+    )
+
+
+def finish(place: Place) -> None:
     """Run predict to its end, then once more: the second run writes nothing."""
     ws.run(place.config, "predict", timeout_s=900)
     ws.check_conserved(place.workspace, place.num_images)
@@ -91,12 +102,7 @@ def test_driver_killed_three_times(place: Place, num_images: int) -> None:
         for _ in range(3):
             before = ws.num_markers(place.workspace)
             process = ws.start(place.config, "predict", log=place.log)
-            enough = before + rng.randint(0, 2)
-            ws.wait_until(
-                lambda: ws.num_markers(place.workspace) > enough or process.poll() is not None,
-                timeout_s=240,
-                what=f"a written batch; see {place.log}",
-            )
+            wait_for_batches(place, process, before + rng.randint(1, 3))
             time.sleep(rng.random())
             ws.kill_driver(process)
         finish(place)
@@ -107,12 +113,7 @@ def test_driver_killed_three_times(place: Place, num_images: int) -> None:
 def test_workers_killed(s3_place: Place, num_images: int) -> None:
     process = ws.start(s3_place.config, "predict", log=s3_place.log)
     for role in ("Infer", "FetchDecode"):
-        before = ws.num_markers(s3_place.workspace)
-        ws.wait_until(
-            lambda: ws.num_markers(s3_place.workspace) > before or process.poll() is not None,
-            timeout_s=240,
-            what=f"a written batch; see {s3_place.log}",
-        )
+        wait_for_batches(s3_place, process, ws.num_markers(s3_place.workspace) + 1)
         assert process.poll() is None, s3_place.log.read_text()[-4000:]
         workers = [
             child
@@ -129,11 +130,7 @@ def test_workers_killed(s3_place: Place, num_images: int) -> None:
 def test_storage_server_killed_and_restarted(s3_place: Place, num_images: int) -> None:
     assert s3_place.server is not None
     process = ws.start(s3_place.config, "predict", log=s3_place.log)
-    ws.wait_until(
-        lambda: ws.num_markers(s3_place.workspace) > 1 or process.poll() is not None,
-        timeout_s=240,
-        what=f"a written batch; see {s3_place.log}",
-    )
+    wait_for_batches(s3_place, process, 2)
     s3_place.server.kill9()
     time.sleep(8)
     s3_place.server.restart()

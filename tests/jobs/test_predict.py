@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+
 import workspaces as ws
 from faulty_http import FaultyHttp
 from winnow.errors import CallError, OpenRunError, QueryError, StoppedError
@@ -83,10 +84,9 @@ def test_bad_images_become_rows_and_only_new_images_are_asked(workspace: Workspa
 
 
 def test_rows_say_what_the_model_said(workspace: Workspace) -> None:
+    import timm
     import torch
     from safetensors.torch import load_file
-
-    import timm
 
     add(workspace, 0, 20)
     (workspace.folder / "winnow.toml").write_text(

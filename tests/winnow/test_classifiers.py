@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,15 @@ def packaged_photographs() -> dict[str, bytes]:
     return files
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for each other are slow on a machine that does other work too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def decoded(files: list[bytes], view: View, *, scaled: bool = False) -> NDArray[np.uint8]:
     return np.stack([decode(data, limits=LIMITS, views=(view,), scaled=scaled).views[0] for data in files])
 
@@ -60,17 +70,23 @@ class Tiny(nn.Module):
 
 def tiny_model(side: int = 8) -> ResolvedModel:
     return ResolvedModel(
-        id="tiny.pth#0", source="checkpoint", architecture="torchvision/tiny", weights="tiny.pth", location="", sha256="",
-        classes=("light", "dark"), view=View(resize=side, crop=(side, side)), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0),
-    )  # fmt: skip
+        id="tiny.pth#0",
+        source="checkpoint",
+        architecture="torchvision/tiny",
+        weights="tiny.pth",
+        location="",
+        sha256="",
+        classes=("light", "dark"),
+        view=View(resize=side, crop=(side, side)),
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+    )
 
 
 def test_answers_agree_with_torchvision_on_real_photographs(shared_data: Path, mobilenet: ResolvedModel) -> None:
     paths = sorted((shared_data / "classification" / "test").rglob("*.jpg"))
-    files = [
-        *packaged_photographs().values(),
-        *(path.read_bytes() for path in paths[:: len(paths) // NUM_TEST_PHOTOGRAPHS]),
-    ]
+    chosen = paths[:: len(paths) // NUM_TEST_PHOTOGRAPHS]
+    files = [*packaged_photographs().values(), *(path.read_bytes() for path in chosen)]
     assert len(files) > NUM_TEST_PHOTOGRAPHS
     network = load_network(mobilenet)
     transforms = MobileNet_V2_Weights.IMAGENET1K_V1.transforms()
@@ -157,8 +173,9 @@ def test_pixels_of_arrow_need_not_be_writable() -> None:
 
 
 @pytest.mark.parametrize(
-    "images", [np.zeros((1, 8, 8, 3)), np.zeros((8, 8, 3), np.uint8), np.zeros((1, 3, 8, 8), np.uint8), np.zeros((1, 9, 8, 3), np.uint8)]
-)  # fmt: skip
+    "images",
+    [np.zeros((1, 8, 8, 3)), *(np.zeros(shape, np.uint8) for shape in ((8, 8, 3), (1, 3, 8, 8), (1, 9, 8, 3)))],
+)
 def test_other_shapes_and_types_are_refused(images: NDArray[np.uint8]) -> None:
     with pytest.raises(ValueError, match=r"takes images as uint8 \(N, 8, 8, 3\)"):
         Classifier(Tiny(), tiny_model()).predict(images)

@@ -51,7 +51,8 @@ def command(call: Call, images: str | None, folder: Path) -> None:
     print_table(
         workspace.query(
             "SELECT regexp_extract(uri, '[^/]*$') AS image, label, round(confidence, 3) AS confidence, "
-            "round(margin, 3) AS margin, round(entropy, 2) AS entropy FROM latest_predictions ORDER BY confidence DESC LIMIT 20"
+            "round(margin, 3) AS margin, round(entropy, 2) AS entropy FROM latest_predictions "
+            "ORDER BY confidence DESC LIMIT 20"
         ),
         "table",
     )
@@ -71,7 +72,10 @@ def _say_what_next(folder: Path, images: str | None) -> None:
         ("go there", f"cd {folder}"),
         ("nothing is pending, so it ends at once", f"{winnow} predict"),
         ("any question", f'{winnow} query "SELECT label, count(*) FROM predictions GROUP BY 1"'),
-        ("the doubtful ones first", f'{winnow} query "SELECT uri, label, margin FROM latest_predictions ORDER BY margin"'),
+        (
+            "the doubtful ones first",
+            f'{winnow} query "SELECT uri, label, margin FROM latest_predictions ORDER BY margin"',
+        ),
         ("what each run did, and what bounded it", f"{winnow} runs"),
         ("is all well here?", f"{winnow} doctor"),
         *([] if images else [("stop the S3 server", f"{winnow} services down")]),

@@ -93,10 +93,10 @@ def main() -> None:
         error.show()
         code = 2
     except (click.Abort, KeyboardInterrupt):
-        print("\nwinnow: stopped; nothing half-done is visible. Run the same command to continue.", file=sys.stderr)
+        click.echo("\nwinnow: stopped; nothing half-done is visible. Run the same command to continue.", err=True)
         code = 130
     except WinnowError as error:
-        print(f"winnow: {error}", file=sys.stderr)
+        click.echo(f"winnow: {error}", err=True)
         code = error.exit_code
     except BrokenPipeError:
         # The reader of our output went away (`winnow query … | head`): not an error of ours.

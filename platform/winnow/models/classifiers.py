@@ -93,8 +93,9 @@ class Classifier:
             )
         num_images = len(images_NHWC)
         logits_NC = np.empty((num_images, len(self.model.classes)), dtype=np.float32)
-        # torch warns about memory that cannot be written, such as that of Arrow arrays
-        pixels = torch.from_numpy(images_NHWC if images_NHWC.flags.writeable else images_NHWC.copy())
+        # torch takes no flipped arrays, and warns about memory that cannot be written, such as that of Arrow
+        usable = images_NHWC.flags.writeable and images_NHWC.flags.c_contiguous
+        pixels = torch.from_numpy(images_NHWC if usable else images_NHWC.copy(order="C"))
         with torch.inference_mode():
             step = self._chunk or max(num_images, 1)
             for start in range(0, num_images, step):
