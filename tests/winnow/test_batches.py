@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -41,7 +42,7 @@ def test_ranges_hold_exactly_the_positions(positions: set[int]) -> None:
     ranges = to_ranges(positions)
     assert positions_of(ranges) == positions
     assert num_positions(ranges) == len(positions)
-    assert all(stop < following for (_, stop), (following, _) in zip(ranges, ranges[1:], strict=False))
+    assert all(stop < following for (_, stop), (following, _) in itertools.pairwise(ranges))
 
 
 @pytest.mark.parametrize("positions", [[1, 1], [-1, 0]])

@@ -137,7 +137,7 @@ def test_cat_and_espresso_are_recognised(shared_data: Path, mobilenet: ResolvedM
 
 def test_batches_and_their_order_do_not_matter(mobilenet: ResolvedModel) -> None:
     images = decoded(list(packaged_photographs().values()), mobilenet.view)
-    images = np.concatenate([images, images[::-1]])  # 14: a whole chunk and a part of one
+    images = np.concatenate([images, images[::-1]])  # 14: whole chunks and a part of one
     classifier = load(mobilenet)
     together = classifier.predict(images)
     np.testing.assert_allclose(together[:7], together[7:][::-1], atol=1e-5)

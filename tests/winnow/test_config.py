@@ -59,7 +59,7 @@ def test_all_faults_are_reported_at_once_with_key_value_and_what_is_valid() -> N
     ],
 )
 def test_a_fault_says_what_is_valid(text: str, part: str) -> None:
-    with pytest.raises(ConfigError, match="winnow.toml") as caught:
+    with pytest.raises(ConfigError, match=r"winnow\.toml") as caught:
         parse_config(text)
     assert part in str(caught.value)
 

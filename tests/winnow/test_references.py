@@ -266,7 +266,7 @@ def test_code_in_a_checkpoint_never_runs(
         Path("model.pth").write_bytes(pickle.dumps(Evil()))
     else:
         torch.save({**state, "evil": Evil()}, "model.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CallError, match=r"is refused: it holds more than tensors.* (mkdir|\d+)"):
+    with pytest.raises(CallError, match=r"is refused: it holds more than tensors.*(posix\.mkdir|operand)"):
         resolve(checkpoint("model.pth"), base_dir=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
 

@@ -110,7 +110,8 @@ def _read_pickle(source: Path | bytes, name: str) -> object:
     except _UNPICKLING_FAULTS as error:
         said = str(error)
         if isinstance(error, pickle.UnpicklingError):
-            reason = _first_line(said.partition("WeightsUnpickler error:")[2]) or type(error).__name__
+            # torch's message: a paragraph of advice, then the reason, then more advice.
+            reason = _first_line(said.partition("\n\n")[2] or said)
             raise CallError(
                 f"{name} is refused: it holds more than tensors, or none at all ({reason}), and loading that could run "
                 "code; save model.state_dict() alone, best as .safetensors"

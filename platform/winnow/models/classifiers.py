@@ -28,8 +28,13 @@ ChosenPrecision = Literal["float32", "bfloat16", "float16"]
 FUSION_TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest logit, for which fused layers count as equal."""
 
-_CPU_CHUNK = 8
-"""Images per forward pass on a CPU: intermediate results then stay in its caches. See docs/models.md."""
+AUTO_ON_CUDA: ChosenPrecision = "bfloat16"
+"""What precision ``auto`` is on CUDA devices that compute in it. What that costs stands in docs/models.md."""
+
+
+def _cpu_chunk(num_threads: int) -> int:
+    """Images per forward pass on a CPU: few, so that intermediate results stay in its caches. See docs/models.md."""
+    return max(4, 2 * num_threads)
 
 
 class Classifier:
@@ -64,7 +69,6 @@ class Classifier:
         mean = torch.tensor(model.mean, dtype=torch.float32, device=chosen_device).view(1, 3, 1, 1)
         std = torch.tensor(model.std, dtype=torch.float32, device=chosen_device).view(1, 3, 1, 1)
         self._scale, self._shift = 1.0 / (255.0 * std), -mean / std
-        self._chunk = _CPU_CHUNK if chosen_device.type == "cpu" else None
 
     def predict(self, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Probabilities, float32 (N, C).
@@ -97,7 +101,7 @@ class Classifier:
         usable = images_NHWC.flags.writeable and images_NHWC.flags.c_contiguous
         pixels = torch.from_numpy(images_NHWC if usable else images_NHWC.copy(order="C"))
         with torch.inference_mode():
-            step = self._chunk or max(num_images, 1)
+            step = _cpu_chunk(torch.get_num_threads()) if self.device == "cpu" else max(num_images, 1)
             for start in range(0, num_images, step):
                 answer = self._forward(pixels[start : start + step])
                 logits_NC[start : start + step] = answer.float().cpu().numpy()
@@ -111,7 +115,9 @@ class Classifier:
 
 
 def choose_precision(requested: Precision, device: str) -> ChosenPrecision:
-    """The precision for a device; ``auto`` is bfloat16 on CUDA devices that compute in it, else float32.
+    """The precision for a device; ``auto`` is ``AUTO_ON_CUDA`` on CUDA devices that compute in it, else float32.
+
+    On CPUs auto is float32 even where bfloat16 would be faster: its answers differ too often (docs/models.md).
 
     Raises:
         CallError: float16 on a CPU, or a device that is not there.
@@ -120,7 +126,7 @@ def choose_precision(requested: Precision, device: str) -> ChosenPrecision:
 
     kind = _device(device).type
     if requested == "auto":
-        return "bfloat16" if kind == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
+        return AUTO_ON_CUDA if kind == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
     if requested == "float16" and kind == "cpu":
         raise CallError("precision float16 is for GPUs only; choose auto, float32 or bfloat16")
     if requested == "bfloat16" and kind == "cpu" and not has_native_bfloat16():
