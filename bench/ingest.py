@@ -84,7 +84,7 @@ def step(folder: Path) -> None:
 def write_manifest(path: Path, num_rows: int, *, labels: bool) -> None:
     """Rows as an S3 Inventory with one column more has them."""
     random = np.random.default_rng(0)
-    with pq.ParquetWriter(path, manifest_rows(0, 1, random, labels=labels).schema) as writer:
+    with pq.ParquetWriter(path, manifest_rows(0, 2, random, labels=labels).schema) as writer:
         for start in range(0, num_rows, 100_000):
             writer.write_table(manifest_rows(start, min(start + 100_000, num_rows), random, labels=labels))
 

@@ -24,6 +24,7 @@ from winnow_jobs import Workspace
 WINNOW = Path(sys.executable).with_name("winnow")
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 TASK = "objects"
+STARTED: list[subprocess.Popen[bytes]] = []
 
 
 def small_jpeg(number: int) -> bytes:
@@ -92,13 +93,21 @@ def fill(workspace: Workspace, source: str, num_images: int) -> None:
 def start(config: Path, *arguments: str, log: Path, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
     """Start a ``winnow`` command in a process group of its own."""
     with log.open("ab") as output:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [WINNOW, "--config", config, *arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, **(env or {})},
             start_new_session=True,
         )
+    STARTED.append(process)
+    return process
+
+
+def kill_all_started() -> None:
+    """End what ``start`` started and a failed test left running."""
+    while STARTED:
+        kill_driver(STARTED.pop())
 
 
 def run(config: Path, *arguments: str, timeout_s: float = 240, code: int = 0) -> str:

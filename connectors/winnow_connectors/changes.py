@@ -8,6 +8,7 @@ reserve it has; these never change. Of a listing that names a uri twice, the fir
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 
 from winnow import uris
 from winnow.config import SplitsConfig
-from winnow.errors import CallError
+from winnow.errors import CallError, StorageError
 from winnow.schemas import TABLES
 from winnow.splits import assign_audit, assign_splits
 from winnow_connectors.manifests import LISTING
@@ -204,21 +205,10 @@ def compare(
     Raises:
         CallError: a label is not among the classes, or the images of one group are given to different splits.
     """
-    import duckdb
-
     num_events, newest_us = _copy_events(tables, scratch / "events.parquet")
     seen_at = max(datetime.now(UTC), datetime.fromtimestamp(0, UTC) + timedelta(microseconds=newest_us + 1))
     logger.debug("%d events of images are known", num_events)
-    settings: dict[str, Any] = {
-        "memory_limit": _MEMORY_LIMIT,
-        "temp_directory": str(scratch / "spill"),
-        "preserve_insertion_order": "false",
-        "autoinstall_known_extensions": "false",
-    }
-    connection = duckdb.connect(str(scratch / "compare.duckdb"), config=settings)
-    try:
-        threads = min(_MAX_THREADS, int(_one(connection, "SELECT current_setting('threads')")))
-        connection.execute(f"SET threads = {threads}")
+    with _connect(scratch) as connection:
         pa.default_memory_pool().release_unused()
         _view(connection, "listing", listing)
         _view(connection, "events", scratch / "events.parquet")
@@ -245,8 +235,6 @@ def compare(
                 'LEFT JOIN known_groups AS g ON g."group" = l."group" WHERE l.split <> coalesce(k.split, g.split)',
             )
         )
-    finally:
-        connection.close()
     num_images = sum(events.values())
     num_changed = events.get("changed", 0)
     return Changes(
@@ -261,6 +249,36 @@ def compare(
         num_labels=num_labels,
         num_splits_kept=kept,
     )
+
+
+@contextlib.contextmanager
+def _connect(scratch: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """DuckDB with its tables on disk and bounded memory."""
+    import duckdb
+
+    settings: dict[str, Any] = {
+        "memory_limit": _MEMORY_LIMIT,
+        "temp_directory": str(scratch / "spill"),
+        "preserve_insertion_order": "false",
+        "autoinstall_known_extensions": "false",
+    }
+    connection = duckdb.connect(str(scratch / "compare.duckdb"), config=settings)
+    try:
+        threads = min(_MAX_THREADS, int(_one(connection, "SELECT current_setting('threads')")))
+        connection.execute(f"SET threads = {threads}")
+        connection.execute("SET enable_progress_bar = false")  # it would write to standard output
+        yield connection
+    except (duckdb.OutOfMemoryException, duckdb.IOException) as error:
+        raise StorageError(
+            f"comparing the listing with what is known needs more disk: {error}; free space in {scratch.parent}, or "
+            "name another folder in the environment variable TMPDIR"
+        ) from None
+    except RuntimeError as error:
+        if "interrupted" in str(error).lower():  # DuckDB's answer to Ctrl-C
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        connection.close()
 
 
 def _check_groups(connection: duckdb.DuckDBPyConnection) -> None:

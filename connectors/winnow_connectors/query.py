@@ -69,12 +69,13 @@ class QueryEngine:
 
     Args:
         source: the tables.
-        memory_limit: what DuckDB may use, such as ``4GB``, before it spills to disk; half of the machine without it.
+        memory_limit: what DuckDB may use, such as ``4GB``, before it spills to disk; half of what the machine or
+            container has without it.
         spill: folder for what does not fit into memory, removed after each statement; the system's temporary folder
             without it.
     """
 
-    def __init__(self, source: TableSource, *, memory_limit: str = "50%", spill: Path | None = None) -> None:
+    def __init__(self, source: TableSource, *, memory_limit: str | None = None, spill: Path | None = None) -> None:
         self._source = source
         self._memory_limit = memory_limit
         self._spill = spill
@@ -136,18 +137,24 @@ class QueryEngine:
         import duckdb
 
         spill = Path(self._spill or tempfile.gettempdir()) / f"winnow-query-{uuid.uuid4().hex}"
-        return duckdb.connect(
+        connection = duckdb.connect(
             ":memory:",
             config={
                 "allow_community_extensions": "false",
                 "autoinstall_known_extensions": "false",
                 "autoload_known_extensions": "false",
-                "memory_limit": self._memory_limit,
                 "preserve_insertion_order": "false",
                 "python_enable_replacements": "false",
                 "temp_directory": str(spill),  # DuckDB makes it when it spills, and removes it
             },
         )
+        limit = self._memory_limit
+        if limit is None:
+            # The engine's own choice is four fifths of what the machine or container has: leave room for others.
+            size, unit = connection.execute("SELECT current_setting('memory_limit')").fetchall()[0][0].split()
+            limit = f"{float(size) * 0.625:.1f}{unit}"
+        connection.execute("SET memory_limit = ?", [limit])
+        return connection
 
     def _open_tables(self, connection: duckdb.DuckDBPyConnection, statement: str) -> list[str]:
         """Register what the statement needs; the names of tables and views, in order."""

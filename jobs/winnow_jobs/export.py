@@ -138,7 +138,7 @@ def _numbered(file: pa.parquet.ParquetFile) -> Iterator[tuple[int, dict[str, Any
     """Rows with the number of their image, from 1 on, in the order of image_id."""
     number, last = 0, None
     for batch in file.iter_batches():
-        for values in iterate_rows([batch], batch.schema):
+        for values in iterate_rows([batch]):
             row = dict(zip(batch.schema.names, values, strict=True))
             number += row["image_id"] != last
             last = row["image_id"]

@@ -362,8 +362,8 @@ def _stop_if_systemic(run: Run, spec: PredictSpec, selection: Selection) -> None
 def _stopped(run: Run, reason: str) -> StoppedError:
     return StoppedError(
         f"stopped, nothing was published: {reason}. Check credentials and storage (`winnow doctor`), then run the "
-        f"same command: run {run.run_id} keeps the batches without such failures and asks the rest again; or give it up with "
-        f"`winnow runs abandon {run.run_id}`"
+        f"same command: run {run.run_id} keeps the batches without such failures and asks the rest again; or give it "
+        f"up with `winnow runs abandon {run.run_id}`"
     )
 
 

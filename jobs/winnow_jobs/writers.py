@@ -18,6 +18,7 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from winnow.errors import CallError, StorageError
@@ -106,7 +107,7 @@ def write_csv(reader: pa.RecordBatchReader, file: IO[str]) -> int:
     writer = csv.writer(file, lineterminator="\r\n")
     writer.writerow(reader.schema.names)
     num_rows = 0
-    for row in iterate_rows(reader, reader.schema):
+    for row in iterate_rows(reader):
         writer.writerow([_csv_cell(value) for value in row])
         num_rows += 1
     return num_rows
@@ -115,17 +116,16 @@ def write_csv(reader: pa.RecordBatchReader, file: IO[str]) -> int:
 def write_json(reader: pa.RecordBatchReader, file: IO[str]) -> int:
     """Write all rows as one JSON array of objects; the number of rows. NaN and infinity become null."""
     names = _distinct(reader.schema.names)
-    num_rows = write_array(file, (dict(zip(names, row, strict=True)) for row in iterate_rows(reader, reader.schema)))
+    num_rows = write_array(file, (dict(zip(names, row, strict=True)) for row in iterate_rows(reader)))
     file.write("\n")
     return num_rows
 
 
-def iterate_rows(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[tuple[Any, ...]]:
+def iterate_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[Any, ...]]:
     """Rows as plain values: None, bool, int, finite float, str, list, dict; times as ISO 8601."""
-    plain = [_plainer(field.type) for field in schema]
     for batch in batches:
-        columns = [[convert(value) for value in batch.column(i).to_pylist()] for i, convert in enumerate(plain)]
-        yield from zip(*columns, strict=True)
+        if batch.num_columns:
+            yield from zip(*(_plain_column(column) for column in batch.columns), strict=True)
 
 
 @contextmanager
@@ -152,6 +152,29 @@ def write_array(file: IO[str], items: Iterator[dict[str, Any]]) -> int:
 
 
 # --------------------------------------------------------------------------------------------------------- plain values
+
+
+def _plain_column(column: pa.Array) -> list[Any]:
+    """The values of a column; the common types in one go, the others value by value."""
+    types = pa.types
+    kind = column.type
+    if types.is_string(kind) or types.is_integer(kind) or types.is_boolean(kind):
+        plain = column
+    elif types.is_floating(kind):
+        # By way of its text, a float32 becomes 0.1, not 0.10000000149011612.
+        double = (
+            column.cast(pa.float64()) if not types.is_float32(kind) else column.cast(pa.string()).cast(pa.float64())
+        )
+        plain = pc.if_else(pc.is_finite(column), double, pa.scalar(None, pa.float64()))
+    elif types.is_timestamp(kind):
+        text = pc.replace_substring(column.cast(pa.timestamp(kind.unit)).cast(pa.string()), " ", "T")
+        text = pc.replace_substring_regex(text, r"\.0+$", "")
+        plain = pc.binary_join_element_wise(text, "Z", "") if kind.tz else text
+    else:
+        convert = _plainer(kind)
+        return [convert(value) for value in column.to_pylist()]
+    values: list[Any] = plain.to_pylist()
+    return values
 
 
 def _plainer(kind: pa.DataType) -> Callable[[Any], Any]:
@@ -182,7 +205,7 @@ def _plain(value: Any) -> Any:
             return None
         return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, datetime | date):
-        return value.isoformat()
+        return value.isoformat().replace("+00:00", "Z")
     if isinstance(value, bytes):
         return value.hex()
     return str(value)

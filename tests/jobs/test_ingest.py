@@ -494,17 +494,25 @@ def test_open_run_with_nothing_left_to_do_is_finished(
     assert workspace.warehouse.ledger.open_runs() == []
 
 
-def test_ctrl_c_leaves_nothing_visible_and_no_open_run(workspace: Workspace, tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", ["comparing", "writing"])
+def test_ctrl_c_leaves_nothing_visible_and_no_open_run(
+    workspace: Workspace, tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = big_manifest(tmp_path)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
     driver = start(workspace, manifest)
     deadline = time.monotonic() + 60
-    while driver.poll() is None and not _files(workspace, "claims/"):
+    while driver.poll() is None:
+        if any(scratch.rglob("compare.duckdb")) if moment == "comparing" else _files(workspace, "claims/"):
+            break
         assert time.monotonic() < deadline
         time.sleep(0.002)
     os.kill(driver.pid, signal.SIGINT)
     output, _ = driver.communicate(timeout=60)
-    ledger = workspace.warehouse.ledger
-    assert ledger.open_runs() == []
+    assert workspace.warehouse.ledger.open_runs() == []
+    assert not list(scratch.iterdir())
     if driver.returncode == 0:  # it was quicker than the signal
         check_exact(workspace, 60_000)
         return

@@ -32,7 +32,7 @@ MAX_ROWS = 100
 
 _PLAN = ["explain_key", "explain_value"]
 _MIN_COLUMN = 12
-_TIME = re.compile(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?\+00:00")
+_TIME = re.compile(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?Z")
 
 
 def print_table(
@@ -69,7 +69,7 @@ def print_table(
     file = file or sys.stdout
     if format == "table" and reader.schema.names == _PLAN:
         # The engine draws the plan itself, on many lines.
-        file.writelines(printable(plan, keep="\n") + "\n" for _, plan in iterate_rows(reader, reader.schema))
+        file.writelines(printable(plan, keep="\n") + "\n" for _, plan in iterate_rows(reader))
     elif format == "table" and file.isatty():
         _draw(reader, file, max_rows)
     else:
@@ -149,7 +149,7 @@ def _write_text(reader: pa.RecordBatchReader, format: str, file: IO[str]) -> Non
         write_json(reader, file)
     else:
         file.write("\t".join(map(printable, reader.schema.names)) + "\n")
-        for row in iterate_rows(reader, reader.schema):
+        for row in iterate_rows(reader):
             file.write("\t".join("" if value is None else _cell(value) for value in row) + "\n")
 
 
@@ -164,7 +164,7 @@ def _draw(reader: pa.RecordBatchReader, file: IO[str], max_rows: int) -> None:
     for batch in reader:
         if len(rows) < max_rows:
             head = batch.slice(0, max_rows - len(rows))
-            rows += ([None if v is None else _cell(v) for v in row] for row in iterate_rows([head], reader.schema))
+            rows += ([None if v is None else _cell(v) for v in row] for row in iterate_rows([head]))
         num_rows += batch.num_rows
     numbers = [_is_number(field.type) for field in reader.schema]
     width = shutil.get_terminal_size().columns
