@@ -69,7 +69,7 @@ class DecoderPool:
     """
 
     def __init__(
-        self, num_processes: int, *, limits: DecodeLimits, views: Sequence[View] = (), scaled: bool = True
+        self, num_processes: int, *, limits: DecodeLimits, views: Sequence[View] = (), scaled: bool = False
     ) -> None:
         if num_processes < 1:
             raise ValueError(f"num_processes is {num_processes}; it must be at least 1")

@@ -125,7 +125,7 @@ class Attempt:
     error: DecodeError | None
 
 
-def decode(data: bytes, *, limits: DecodeLimits, views: Sequence[View] = (), scaled: bool = True) -> DecodedImage:
+def decode(data: bytes, *, limits: DecodeLimits, views: Sequence[View] = (), scaled: bool = False) -> DecodedImage:
     """The image in ``data``, as the views ask for it. See ``attempt``.
 
     Raises:
@@ -147,7 +147,7 @@ def decode_rgb(data: bytes, limits: DecodeLimits) -> Pixels:
     return decode(data, limits=limits, views=(View(),), scaled=False).views[0]
 
 
-def attempt(data: bytes, *, limits: DecodeLimits, views: Sequence[View] = (), scaled: bool = True) -> Attempt:
+def attempt(data: bytes, *, limits: DecodeLimits, views: Sequence[View] = (), scaled: bool = False) -> Attempt:
     """Decode and never raise for what is wrong with an image.
 
     All pixels are decoded even without views, so that a truncated file is found. One image at a time per process:

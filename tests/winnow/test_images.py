@@ -147,10 +147,10 @@ def test_jpeg_is_scaled_only_when_twice_the_need_remains() -> None:
     for side, is_scaled in ((799, False), (800, True)):
         data = encode(photograph("astronaut", (side, side)), "JPEG")
         exact = decode(data, limits=LIMITS, views=(view,), scaled=False).views[0]
-        assert np.array_equal(decode(data, limits=LIMITS, views=(view,)).views[0], exact) is not is_scaled
+        assert np.array_equal(decode(data, limits=LIMITS, views=(view,), scaled=True).views[0], exact) is not is_scaled
         # The most demanding view decides, and a view of the whole picture forbids it.
         for demanding in (View(401), View()):
-            both = decode(data, limits=LIMITS, views=(view, demanding)).views[0]
+            both = decode(data, limits=LIMITS, views=(view, demanding), scaled=True).views[0]
             np.testing.assert_array_equal(both, exact)
 
 

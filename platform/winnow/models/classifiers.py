@@ -28,9 +28,6 @@ ChosenPrecision = Literal["float32", "bfloat16", "float16"]
 FUSION_TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest logit, for which fused layers count as equal."""
 
-AUTO_ON_CUDA: ChosenPrecision = "bfloat16"
-"""What precision ``auto`` is on CUDA devices that compute in it. What that costs stands in docs/models.md."""
-
 
 def _cpu_chunk(num_threads: int) -> int:
     """Images per forward pass on a CPU: few, so that intermediate results stay in its caches. See docs/models.md."""
@@ -115,18 +112,16 @@ class Classifier:
 
 
 def choose_precision(requested: Precision, device: str) -> ChosenPrecision:
-    """The precision for a device; ``auto`` is ``AUTO_ON_CUDA`` on CUDA devices that compute in it, else float32.
+    """The precision for a device; ``auto`` is the fastest one whose answers equal the reference: float32.
 
-    On CPUs auto is float32 even where bfloat16 would be faster: its answers differ too often (docs/models.md).
+    Not bfloat16, even where that would be faster: its answers differ too often (docs/models.md).
 
     Raises:
         CallError: float16 on a CPU, or a device that is not there.
     """
-    import torch
-
     kind = _device(device).type
     if requested == "auto":
-        return AUTO_ON_CUDA if kind == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
+        return "float32"
     if requested == "float16" and kind == "cpu":
         raise CallError("precision float16 is for GPUs only; choose auto, float32 or bfloat16")
     if requested == "bfloat16" and kind == "cpu" and not has_native_bfloat16():

@@ -38,7 +38,7 @@ def load(
     Args:
         resolved: what ``resolve`` found.
         device: as torch names it: ``cpu``, ``cuda``, ``cuda:1``.
-        precision: of the arithmetic; ``auto`` is bfloat16 on CUDA devices that have it, else float32.
+        precision: of the arithmetic; ``auto`` is float32.
         fetch: reads checkpoints given by URL.
 
     Raises:
