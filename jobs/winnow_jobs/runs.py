@@ -13,6 +13,7 @@ from winnow.errors import CallError
 from winnow.schemas import TABLES
 
 if TYPE_CHECKING:
+    from winnow_jobs.ingest import IngestResult
     from winnow_jobs.predict import PredictResult
     from winnow_jobs.workspace import Workspace
 
@@ -76,27 +77,27 @@ def show_run(workspace: Workspace, run_id: str) -> dict[str, Any]:
     return {**_open_row(run), "digest": plan.digest, "host": plan.host, "code_version": plan.code_version}
 
 
-def resume(workspace: Workspace, run_id: str) -> PredictResult:
+def resume(workspace: Workspace, run_id: str) -> PredictResult | IngestResult:
     """Finish an open run with the options it was started with.
 
     Raises:
-        CallError: no such run, it is closed already, or its job is not one that can be resumed by id.
+        CallError: no such run, or it is closed already.
     """
-    from winnow_jobs.predict import work_off
+    from winnow_jobs import ingest, predict
 
     workspace.warehouse.check()
     ledger = workspace.warehouse.ledger
     run = ledger.load(run_id)
-    if run.plan.job != "predict":
-        raise CallError(
-            f"run {run_id} is of job {run.plan.job!r}: run the same `winnow {run.plan.job}` command again to finish it"
-        )
     if run.outcome() is None and not ledger.claim(run):
-        raise CallError(f"run {run_id} never began: another run claimed the same work first; run `winnow predict`")
+        raise CallError(
+            f"run {run_id} never began: another run claimed the same work first; run `winnow {run.plan.job}`"
+        )
     outcome = run.outcome()
     if run.is_closed and outcome is not None:
         raise CallError(f"run {run_id} is {outcome['status']} already; there is nothing to resume")
-    return work_off(workspace, run)
+    if run.plan.job == "ingest":
+        return ingest.resume(workspace, run)
+    return predict.work_off(workspace, run)
 
 
 def abandon(workspace: Workspace, run_id: str) -> str:

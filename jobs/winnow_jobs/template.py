@@ -1,4 +1,7 @@
-"""The commented ``winnow.toml`` that ``winnow init`` writes: made from the fields' own descriptions."""
+"""The commented ``winnow.toml`` that ``winnow init`` writes, and docs/configuration.md: made from the fields' descriptions.
+
+``python -m winnow_jobs.template`` prints the latter.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import click
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from winnow.config import IngestConfig, PredictConfig, SplitsConfig, StorageConfig, TaskConfig, WarehouseConfig
@@ -78,3 +83,57 @@ def _comment(text: str) -> list[str]:
 def _toml(value: Any) -> str:
     """A TOML literal for a default value: numbers, booleans, strings and lists of strings are as in JSON."""
     return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
+
+
+_REFERENCE_HEAD = """\
+# Configuration
+
+`winnow.toml` is validated as a whole before anything starts: every fault is named with its key, its value and what is
+valid. `winnow init` writes one with every key as a comment. Another file than `./winnow.toml` is named by `--config` or
+`WINNOW_CONFIG`. Relative paths inside it start at its own folder.
+
+Secrets never stand in the file:
+
+| for | from the environment | or |
+|---|---|---|
+| `s3://` | `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN` | `profile` (extra `aws`), the machine's role |
+| `gs://` | `GOOGLE_APPLICATION_CREDENTIALS` (a file) | the machine's role |
+| `az://` | `AZURE_STORAGE_ACCOUNT_NAME`, `AZURE_STORAGE_ACCOUNT_KEY` | the machine's role |
+
+Jobs run on Ray on this machine, or on the cluster that `RAY_ADDRESS` names.
+"""
+
+
+def reference() -> str:
+    """All keys as Markdown tables."""
+    sections: list[tuple[str, type[BaseModel]]] = [
+        ("[warehouse]", WarehouseConfig),
+        ('[storage."s3://"]', StorageConfig),
+        ("[tasks.NAME]", TaskConfig),
+        ("[ingest]", IngestConfig),
+        ("[splits]", SplitsConfig),
+        ("[predict]", PredictConfig),
+    ]
+    parts = [_REFERENCE_HEAD]
+    for name, model in sections:
+        parts.append(f"## `{name}`\n\n{_paragraph(model)}\n\n| key | default | |\n|---|---|---|")
+        parts[-1] += "".join(
+            f"\n| `{key}` | {_shown_default(field)} | {field.description} |" for key, field in model.model_fields.items()
+        )
+        parts[-1] += "\n"
+    return "\n".join(parts)
+
+
+def _paragraph(model: type[BaseModel]) -> str:
+    return textwrap.fill(" ".join((model.__doc__ or "").split()), width=120)
+
+
+def _shown_default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    default = field.get_default(call_default_factory=True)
+    return "–" if default is None else f"`{_toml(default)}`"
+
+
+if __name__ == "__main__":
+    click.echo(reference(), nl=False)

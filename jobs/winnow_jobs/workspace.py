@@ -111,8 +111,8 @@ class Workspace:
         asked = Asked(where=where, limit=limit, new=new, retry_failures=retry_failures)
         return predict(self, tasks, asked, dry_run=dry_run)
 
-    def resume(self, run_id: str) -> PredictResult:
-        """Finish an open predict run with the options that it was started with."""
+    def resume(self, run_id: str) -> PredictResult | IngestResult:
+        """Finish an open run with the options that it was started with."""
         from winnow_jobs.runs import resume
 
         return resume(self, run_id)

@@ -115,6 +115,14 @@ def test_driver_killed_three_times(place: Place, num_images: int) -> None:
     assert seen <= {0, num_images}
 
 
+def command(process: psutil.Process) -> str:
+    """The command line, empty when the process is gone."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
 @pytest.mark.parametrize("num_images", SIZES)
 def test_workers_killed(s3_place: Place, num_images: int) -> None:
     process = ws.start(s3_place.config, "predict", log=s3_place.log)
@@ -124,7 +132,7 @@ def test_workers_killed(s3_place: Place, num_images: int) -> None:
         workers = [
             child
             for child in psutil.Process(process.pid).children(recursive=True)
-            if child.name().startswith("ray::") and role in " ".join(child.cmdline())
+            if child.status() != psutil.STATUS_ZOMBIE and child.name().startswith("ray::") and role in command(child)
         ]
         assert workers, f"no worker process of {role} found"
         workers[0].kill()
@@ -175,7 +183,7 @@ def test_killed_while_publishing(tmp_path: Path, num_images: int) -> None:
     assert place.workspace.warehouse.ledger.load(run_id).select().is_complete
     rng = random.Random(3)
     killed = 0
-    for attempt in range(12):
+    for attempt in range(8):
         copy = tmp_path / f"copy-{attempt}"
         shutil.copytree(folder, copy)
         rewind(copy, run_id)
@@ -193,7 +201,7 @@ def test_killed_while_publishing(tmp_path: Path, num_images: int) -> None:
         assert workspace.warehouse.tables.open("outcomes").count() in (0, num_images)
         ws.run(config, "predict", timeout_s=120)
         ws.check_conserved(workspace, num_images)
-    assert killed >= 4, "the kills came too late to test anything"
+    assert killed >= 3, "the kills came too late to test anything"
 
 
 def rewind(folder: Path, run_id: str) -> None:

@@ -21,7 +21,7 @@ import pytest
 from conftest import S3Server
 from winnow import uris
 from winnow.errors import CallError, OpenRunError
-from winnow_jobs.ingest import IngestCall, IngestResult, ingest, resume
+from winnow_jobs.ingest import IngestCall, IngestResult, ingest
 from winnow_jobs.workspace import Workspace
 from workspaces import kill_driver, storage_section
 
@@ -466,7 +466,8 @@ def test_open_run_is_joined_by_the_same_call_and_refuses_another(
         workspace.ingest([str(photos)], vanish=False)
     assert IngestCall.from_dict(run.plan.config).sources == (uris.from_path(photos),)
     (photos / "loose.jpg").unlink()
-    result = resume(workspace, run)
+    result = workspace.resume(run.run_id)
+    assert isinstance(result, IngestResult)
     assert (result.run_id, counts(result)) == (run.run_id, (3, 0, 0, 0))
     assert workspace.warehouse.ledger.open_runs() == []
     assert len(events(workspace)) == 3

@@ -25,7 +25,7 @@ Examples:
   winnow ingest urls.txt --stat              # http(s):// URIs, one per line; asks each server for size and version
 """
 )
-@click.argument("sources", nargs=-1, metavar="URI…")
+@click.argument("sources", nargs=-1, required=True, metavar="URI…")
 @click.option(
     "--manifest", is_flag=True, help="Take every URI as a manifest, whatever its name, or a folder of manifests."
 )

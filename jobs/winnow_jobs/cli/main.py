@@ -98,8 +98,4 @@ def main() -> None:
     except WinnowError as error:
         click.echo(f"winnow: {error}", err=True)
         code = error.exit_code
-    except BrokenPipeError:
-        # The reader of our output went away (`winnow query … | head`): not an error of ours.
-        sys.stderr.close()
-        code = 0
     sys.exit(code if isinstance(code, int) else 0)

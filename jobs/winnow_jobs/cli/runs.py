@@ -55,14 +55,17 @@ def show(call: Call, run_id: str, as_json: bool) -> None:
 @_json_option
 @click.pass_obj
 def resume(call: Call, run_id: str, as_json: bool) -> None:
-    """Finish an open predict run with the options it was started with."""
-    from winnow_jobs.cli.output import print_predict
+    """Finish an open run with the options it was started with."""
+    from winnow_jobs.cli import ingest, output
+    from winnow_jobs.ingest import IngestResult
 
     result = call.workspace.resume(run_id)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(result)))
+    elif isinstance(result, IngestResult):
+        ingest.print_result(result)
     else:
-        print_predict(result)
+        output.print_predict(result)
 
 
 @command.command(epilog="Example: winnow runs abandon 20260131-094512-predict-1f0c9a")
