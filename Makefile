@@ -65,12 +65,12 @@ check: $(READY) ## format, lint, strict types, import floors
 .PHONY: test
 test: check ## check, then the whole suite, without the long ones below
 	@echo "test: whole suite (about 15 minutes on 2 cores)"
-	@$(PY) -m pytest -m "not chaos and not bench"
+	@$(PY) -m pytest -m "not chaos"
 
 .PHONY: test-fast
 test-fast: $(READY) ## the tests that start no Ray, no server, no browser
 	@echo "test-fast: without Ray, servers and browsers"
-	@$(PY) -m pytest -m "not ray and not s3 and not browser and not chaos and not bench"
+	@$(PY) -m pytest -m "not ray and not s3 and not browser and not chaos"
 
 .PHONY: test-chaos
 test-chaos: $(READY) ## kill processes again and again at full size: 20,000 images each
@@ -78,9 +78,17 @@ test-chaos: $(READY) ## kill processes again and again at full size: 20,000 imag
 	@$(PY) -m pytest -m chaos
 
 .PHONY: bench
-bench: $(READY) ## measure rates and memory, and print them
-	@echo "bench: measuring; leave the machine alone meanwhile"
-	@$(PY) -m pytest -m bench -s
+bench: $(READY) ## measure rates and memory, and print them; with PHOTOS=folder also predict and its accuracy
+	@echo "bench: measuring (some minutes); leave the machine alone meanwhile"
+	@$(PY) bench/ingest.py
+	@$(PY) bench/query.py
+	@$(PY) bench/query.py --s3
+	@$(PY) bench/decoding.py
+ifdef PHOTOS
+	@$(PY) bench/predict.py "$(PHOTOS)"
+	@$(PY) bench/predict.py "$(PHOTOS)" --s3
+	@$(PY) bench/precision.py "$(PHOTOS)"
+endif
 
 .PHONY: demo
 demo: $(READY) ## the tour on photographs; on your own: make demo IMAGES=/path/or/s3://bucket/prefix

@@ -71,7 +71,7 @@ def s3_env(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
 
 
 @pytest.fixture(scope="session")
-def _torch_home_folder(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def torch_home_folder(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("torch_home")
     checkpoints = folder / "hub" / "checkpoints"
     checkpoints.mkdir(parents=True)
@@ -80,7 +80,7 @@ def _torch_home_folder(shared_data: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def torch_home(_torch_home_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def torch_home(torch_home_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A torch home that already holds torchvision's MobileNetV2 weights; TORCH_HOME names it for this test."""
-    monkeypatch.setenv("TORCH_HOME", str(_torch_home_folder))
-    return _torch_home_folder
+    monkeypatch.setenv("TORCH_HOME", str(torch_home_folder))
+    return torch_home_folder

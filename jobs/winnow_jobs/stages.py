@@ -24,10 +24,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +42,9 @@ from winnow.images import View
 from winnow_connectors.ledger import Run
 from winnow_connectors.object_store import ObjectStores
 from winnow_jobs.spec import PredictSpec
+
+if TYPE_CHECKING:
+    from winnow.models.classifiers import Classifier
 
 Report = Callable[..., str | None]
 """Called with ``read=``, ``failed=``, ``systemic=`` or ``answered=`` counts; answers the reason to stop, if any."""
@@ -184,18 +187,25 @@ class Infer:
     def __init__(
         self, spec: PredictSpec, stores: ObjectStores, report: Report, *, device: str, num_threads: int
     ) -> None:
-        import torch
-
-        from winnow.models.loading import load  # here, because it brings torch, which no other stage needs
-
-        if device == "cpu":
-            torch.set_num_threads(num_threads)
         self._spec = spec
         self._report = report
-        self._models = {
-            name: load(task.model, device=device, precision=spec.precision, fetch=stores.download)
-            for name, task in spec.tasks.items()
-        }
+        # All of torch's work is done by one thread. Ray calls from another thread than it starts us on, and as soon as
+        # two threads of a process have used OpenMP, its waiting turns slow: measured, half the rate of small networks.
+        self._torch_thread = ThreadPoolExecutor(1, thread_name_prefix="winnow-torch")
+
+        def load_models() -> dict[str, Classifier]:
+            import torch  # here, because no other stage needs it
+
+            from winnow.models.loading import load
+
+            if device == "cpu":
+                torch.set_num_threads(num_threads)
+            return {
+                name: load(task.model, device=device, precision=spec.precision, fetch=stores.download)
+                for name, task in spec.tasks.items()
+            }
+
+        self._models = self._torch_thread.submit(load_models).result()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         started, cpu_started = time.perf_counter(), time.process_time()
@@ -223,7 +233,7 @@ class Infer:
         task = self._spec.tasks[name]
         classes = task.model.classes
         if len(images_NHWC):
-            probabilities_NC = self._models[name].predict(images_NHWC)
+            probabilities_NC = self._torch_thread.submit(self._models[name].predict, images_NHWC).result()
         else:
             probabilities_NC = np.zeros((0, len(classes)), dtype=np.float32)
         return classification_answers(probabilities_NC, classes, store_probabilities=task.store_probabilities)

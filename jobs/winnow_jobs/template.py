@@ -1,6 +1,6 @@
-"""The commented ``winnow.toml`` that ``winnow init`` writes, and docs/configuration.md: made from the fields' descriptions.
+"""The commented ``winnow.toml`` that ``winnow init`` writes, made from the fields' own descriptions.
 
-``python -m winnow_jobs.template`` prints the latter.
+``python -m winnow_jobs.template`` prints docs/configuration.md, made from them as well.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ Secrets never stand in the file:
 
 | for | from the environment | or |
 |---|---|---|
-| `s3://` | `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN` | `profile` (extra `aws`), the machine's role |
+| `s3://` | `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY` (`AWS_SESSION_TOKEN`) | `profile`, the machine's role |
 | `gs://` | `GOOGLE_APPLICATION_CREDENTIALS` (a file) | the machine's role |
 | `az://` | `AZURE_STORAGE_ACCOUNT_NAME`, `AZURE_STORAGE_ACCOUNT_KEY` | the machine's role |
 
@@ -116,12 +116,12 @@ def reference() -> str:
     ]
     parts = [_REFERENCE_HEAD]
     for name, model in sections:
-        parts.append(f"## `{name}`\n\n{_paragraph(model)}\n\n| key | default | |\n|---|---|---|")
-        parts[-1] += "".join(
-            f"\n| `{key}` | {_shown_default(field)} | {field.description} |" for key, field in model.model_fields.items()
-        )
-        parts[-1] += "\n"
-    return "\n".join(parts)
+        parts.append(f"\n## `{name}`\n\n{_paragraph(model)}\n\n| key | default | |\n|---|---|---|\n")
+        parts += [
+            f"| `{key}` | {_shown_default(field)} | {field.description} |\n"
+            for key, field in model.model_fields.items()
+        ]
+    return "".join(parts)
 
 
 def _paragraph(model: type[BaseModel]) -> str:

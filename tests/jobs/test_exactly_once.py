@@ -6,6 +6,7 @@ sees none or all of the run. ``make test`` asks 2,000 images each, ``make test-c
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 import subprocess
@@ -115,28 +116,30 @@ def test_driver_killed_three_times(place: Place, num_images: int) -> None:
     assert seen <= {0, num_images}
 
 
-def command(process: psutil.Process) -> str:
-    """The command line, empty when the process is gone."""
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
+def busy_workers(driver: subprocess.Popen[bytes], role: str) -> list[psutil.Process]:
+    """Worker processes of a driver that are at a task of that role."""
+    found = []
+    for child in psutil.Process(driver.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # gone meanwhile
+            title = " ".join(child.cmdline()).rstrip()
+            if title.startswith("ray::") and role in title and title.endswith(".submit"):
+                found.append(child)
+    return found
 
 
 @pytest.mark.parametrize("num_images", SIZES)
 def test_workers_killed(s3_place: Place, num_images: int) -> None:
     process = ws.start(s3_place.config, "predict", log=s3_place.log)
-    for role in ("Infer", "FetchDecode"):
-        wait_for_batches(s3_place, process, ws.num_markers(s3_place.workspace) + 1)
+    for role in ("FetchDecode", "Infer"):
+        ws.wait_until(
+            lambda role=role: process.poll() is not None or bool(busy_workers(process, role)),
+            timeout_s=120,
+            what=f"a worker at {role}",
+        )
         assert process.poll() is None, s3_place.log.read_text()[-4000:]
-        workers = [
-            child
-            for child in psutil.Process(process.pid).children(recursive=True)
-            if child.status() != psutil.STATUS_ZOMBIE and child.name().startswith("ray::") and role in command(child)
-        ]
-        assert workers, f"no worker process of {role} found"
-        workers[0].kill()
+        busy_workers(process, role)[0].kill()
     assert process.wait(600) == 0, s3_place.log.read_text()[-4000:]
+    assert s3_place.log.read_text().count("A worker died or was killed") >= 2
     finish(s3_place)
 
 

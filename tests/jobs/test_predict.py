@@ -16,17 +16,7 @@ from faulty_http import FaultyHttp
 from winnow.errors import CallError, OpenRunError, QueryError, StoppedError
 from winnow_jobs import Workspace
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_session() -> Iterator[None]:
-    """One Ray for the whole module; predict joins it."""
-    import ray
-
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_session")]
 
 
 @pytest.fixture(scope="module")
