@@ -5,10 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+import secrets
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from winnow.errors import CallError
 from winnow_jobs.resources import Node
+
+_CONNECT_TIMEOUT_S = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +28,9 @@ def ray_cluster(*, num_cpus: int | None = None) -> Iterator[list[Node]]:
 
     Args:
         num_cpus: CPUs of a cluster started here; all of the machine's when None.
+
+    Raises:
+        CallError: the cluster that ``RAY_ADDRESS`` names cannot be joined.
     """
     # Ray's own chatter goes to its session's log files; what matters reaches the user through our errors.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -30,12 +40,22 @@ def ray_cluster(*, num_cpus: int | None = None) -> Iterator[list[Node]]:
     ours = not ray.is_initialized()
     if ours:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if not os.environ.get("RAY_ADDRESS"):
+        if is_local():
             options |= {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
-        ray.init(**options)
+        else:
+            check_address(os.environ["RAY_ADDRESS"])
+        try:
+            ray.init(**options)
+        except ConnectionError as error:
+            raise _cannot_join(error) from None
     try:
         yield [
-            Node(num_cpus=node["Resources"].get("CPU", 0.0), num_gpus=node["Resources"].get("GPU", 0.0))
+            Node(
+                num_cpus=node["Resources"].get("CPU", 0.0),
+                num_gpus=node["Resources"].get("GPU", 0.0),
+                node_id=node["NodeID"],
+                address=node["NodeManagerAddress"],
+            )
             for node in ray.nodes()  # type: ignore[no-untyped-call]
             if node["Alive"]
         ]
@@ -44,6 +64,72 @@ def ray_cluster(*, num_cpus: int | None = None) -> Iterator[list[Node]]:
             ray.shutdown()
 
 
+def _exists(path: Path) -> bool:
+    return path.exists()
+
+
+def _cannot_join(error: BaseException) -> CallError:
+    """Ray says the reason at the end of a chain of errors and of a long text."""
+    text = f"{error} {error.__cause__ or ''}"
+    if "auth" in text.lower() and "token" in text.lower():
+        reason = "its token is missing or wrong; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH)"
+    else:
+        reason = f"{str(error).splitlines()[0]}; start it, mend RAY_ADDRESS, or unset it to run on this machine"
+    return CallError(f"the Ray cluster at {os.environ.get('RAY_ADDRESS')} cannot be joined: {reason}")
+
+
+def check_all_nodes_see(folder: Path, nodes: Sequence[Node]) -> None:
+    """Refuse a local folder that is not the same on every node of the cluster that was joined.
+
+    Raises:
+        CallError: some node does not see what this process writes there.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    probe = folder / f"probe-{secrets.token_hex(8)}"
+    probe.touch()
+    try:
+        sees = ray.remote(num_cpus=0)(_exists)
+        asked = [
+            sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote(probe)
+            for node in nodes
+        ]
+        found = ray.get(asked, timeout=120)
+    finally:
+        probe.unlink()
+    blind = [node.address for node, seen in zip(nodes, found, strict=True) if not seen]
+    if blind:
+        raise CallError(
+            f"the warehouse {folder} is a local folder that {len(blind)} of {len(nodes)} nodes do not see as this "
+            f"machine does ({', '.join(blind[:3])}); put it on object storage or on a file system that all nodes share"
+        )
+
+
 def is_local() -> bool:
     """True when jobs run on a cluster of this machine alone, started by winnow itself."""
-    return not os.environ.get("RAY_ADDRESS")
+    return os.environ.get("RAY_ADDRESS", "") in ("", "local")
+
+
+def check_address(address: str) -> None:
+    """Refuse an address where nothing listens: Ray would try for more than ten minutes.
+
+    Raises:
+        CallError: the address is none, or nothing answers there.
+    """
+    if address == "auto":
+        return
+    parts = urlsplit(address if "://" in address else f"ray://{address}")
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if not host or not port:
+        raise CallError(f"RAY_ADDRESS={address!r} names no host and port; set it to HOST:6379, or unset it")
+    try:
+        socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise CallError(
+            f"no Ray cluster answers at {host}:{port} ({error}); start it, mend RAY_ADDRESS, or unset it to run on "
+            "this machine"
+        ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import resource
 import secrets
 import threading
@@ -187,10 +188,10 @@ def execute(
 
 
 def _quieten_ray_data() -> None:
-    """Keep Ray Data's messages in its log file; below errors they are about Ray, not about the user's images."""
+    """Keep Ray Data's messages in its log file; what it raises reaches the user through our errors."""
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-            handler.setLevel(logging.ERROR)
+            handler.setLevel(logging.CRITICAL)
 
 
 def _chunk_row(ranges: Ranges, chunk_rows: int) -> dict[str, Any]:
@@ -231,8 +232,10 @@ class _watch:
 
 
 def _root_cause(error: BaseException) -> str:
-    """The innermost message of a chain of wrapped errors, on one line."""
+    """What a worker died of, on one line. Ray wraps it in errors whose text ends with the worker's traceback."""
     cause: BaseException = error
-    while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None and inner is not cause:
+    while isinstance(inner := getattr(cause, "cause", None), BaseException):
         cause = inner
-    return " ".join(f"{type(cause).__name__}: {cause}".split())[:500]
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    last = lines[-1] if lines else type(cause).__name__
+    return re.sub(r"^winnow\.errors\.\w+: ", "", last)[:1000]

@@ -10,22 +10,25 @@ import dataclasses
 import hashlib
 import io
 import logging
+import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from winnow import __version__
+from winnow import __version__, uris
 from winnow.batches import Selection, num_positions
 from winnow.errors import CallError, JobError, StoppedError
+from winnow.models.loading import obtain_weights
 from winnow.models.references import ResolvedModel
 from winnow_connectors.ledger import Plan, Run, digest_of, new_run_id, totals
 from winnow_connectors.query import QueryEngine
-from winnow_jobs.cluster import is_local, ray_cluster
+from winnow_jobs.cluster import check_address, check_all_nodes_see, is_local, ray_cluster
 from winnow_jobs.progress import Progress
 from winnow_jobs.resources import ResourcePlan, plan_batch_size, plan_fragment_rows, plan_resources
 from winnow_jobs.spec import PredictSpec, make_spec
@@ -149,10 +152,29 @@ def predict(workspace: Workspace, tasks: Sequence[str] | None, asked: Asked, *, 
         if not num_images or dry_run:
             status = "dry run" if dry_run else "nothing to do"
             return PredictResult(status, None, ids, num_asked=sum(int(num or 0) for num in num_asked))
+        _check_before_the_start(workspace, models.values())
         run = _begin(workspace, spec, digest, claims, engine, pending, int(num_images))
         if run is not None:
             break
     return work_off(workspace, run, planning_s=time.monotonic() - started)
+
+
+def _check_before_the_start(workspace: Workspace, models: Iterable[ResolvedModel]) -> None:
+    """What would fail in the workers, found while nothing is begun.
+
+    Raises:
+        CallError: nobody answers at the cluster's address, or its nodes do not share the folder of the warehouse.
+        JobError: published weights cannot be had.
+    """
+    if is_local():
+        for model in models:
+            if model.source != "checkpoint":  # whose file was just read
+                obtain_weights(model)
+    elif workspace.warehouse.uri.startswith("file:"):
+        with ray_cluster() as nodes:
+            check_all_nodes_see(Path(uris.local_path(workspace.warehouse.uri)), nodes)
+    else:
+        check_address(os.environ["RAY_ADDRESS"])
 
 
 def work_name(task: str, model: ResolvedModel) -> str:
@@ -279,8 +301,6 @@ class _Effort:
 
 def _ask(workspace: Workspace, run: Run, spec: PredictSpec, selection: Selection) -> tuple[Selection, _Effort]:
     """Run the pipeline until every planned image is in a selected batch."""
-    if not is_local() and workspace.warehouse.uri.startswith("file:"):
-        logger.warning("the warehouse %s is a local path: every node must see the same folder", workspace.warehouse.uri)
     started = time.monotonic()
     effort = _Effort()
     num_before = run.plan.num_planned - num_positions(selection.missing)

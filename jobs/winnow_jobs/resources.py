@@ -25,6 +25,8 @@ class Node:
 
     num_cpus: float
     num_gpus: float = 0.0
+    node_id: str = ""
+    address: str = ""
 
 
 @dataclass(frozen=True)

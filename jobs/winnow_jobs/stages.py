@@ -181,7 +181,7 @@ class Infer:
         stores: access to checkpoints given by URL.
         report: told how many images were answered.
         device: ``cpu`` or ``cuda``.
-        num_threads: torch threads on CPU.
+        num_threads: threads that compute, on a CPU.
     """
 
     def __init__(
@@ -189,23 +189,20 @@ class Infer:
     ) -> None:
         self._spec = spec
         self._report = report
-        # All of torch's work is done by one thread. Ray calls from another thread than it starts us on, and as soon as
-        # two threads of a process have used OpenMP, its waiting turns slow: measured, half the rate of small networks.
-        self._torch_thread = ThreadPoolExecutor(1, thread_name_prefix="winnow-torch")
+        # Each thread computes images of its own and has torch to itself. Threads that share every layer wait for each
+        # other at its end, and waste what they wait where other processes want the cores too: docs/benchmarks.md.
+        self._num_threads = num_threads if device == "cpu" else 1
+        self._threads = ThreadPoolExecutor(self._num_threads, initializer=_one_torch_thread)
 
         def load_models() -> dict[str, Classifier]:
-            import torch  # here, because no other stage needs it
+            from winnow.models.loading import load  # here, because it brings torch, which no other stage needs
 
-            from winnow.models.loading import load
-
-            if device == "cpu":
-                torch.set_num_threads(num_threads)
             return {
                 name: load(task.model, device=device, precision=spec.precision, fetch=stores.download)
                 for name, task in spec.tasks.items()
             }
 
-        self._models = self._torch_thread.submit(load_models).result()
+        self._models = self._threads.submit(load_models).result()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         started, cpu_started = time.perf_counter(), time.process_time()
@@ -233,10 +230,17 @@ class Infer:
         task = self._spec.tasks[name]
         classes = task.model.classes
         if len(images_NHWC):
-            probabilities_NC = self._torch_thread.submit(self._models[name].predict, images_NHWC).result()
+            parts = np.array_split(images_NHWC, min(self._num_threads, len(images_NHWC)))
+            probabilities_NC = np.concatenate(list(self._threads.map(self._models[name].predict, parts)))
         else:
             probabilities_NC = np.zeros((0, len(classes)), dtype=np.float32)
         return classification_answers(probabilities_NC, classes, store_probabilities=task.store_probabilities)
+
+
+def _one_torch_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
 
 
 class BatchWriter:

@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import shutil
-import socket
 import sys
 import tempfile
 import urllib.request
@@ -19,7 +18,9 @@ from urllib.parse import urlsplit
 import psutil
 
 from winnow.config import TaskConfig
+from winnow.errors import CallError
 from winnow_jobs.checks import Check, fail, ok, warn
+from winnow_jobs.cluster import check_address, is_local
 
 GB = 1_000_000_000
 _PACKAGES = ("ray", "torch", "torchvision", "pyarrow", "deltalake", "duckdb", "obstore", "pillow")
@@ -63,27 +64,14 @@ def check_packages() -> Check:
 
 def check_ray() -> Check:
     """Whether jobs start Ray here, and otherwise whether the cluster's address answers."""
-    address = os.environ.get("RAY_ADDRESS", "")
-    if address in ("", "local"):
+    if is_local():
         return ok("ray", "jobs start it on this machine; set RAY_ADDRESS to use a cluster")
-    if address == "auto":
-        return ok("ray", "RAY_ADDRESS=auto: jobs join the cluster that this machine belongs to")
-    parts = urlsplit(address if "://" in address else f"ray://{address}")
+    address = os.environ["RAY_ADDRESS"]
     try:
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host, port = None, None
-    if not host or not port:
-        return fail("ray", f"RAY_ADDRESS={address!r} names no host and port", "set it to HOST:6379, or unset it")
-    try:
-        socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        return fail(
-            "ray",
-            f"no cluster answers at {host}:{port} ({error})",
-            "start it (`ray start --head`), mend RAY_ADDRESS, or unset it to run on this machine",
-        )
-    return ok("ray", f"the cluster at {host}:{port} takes connections")
+        check_address(address)
+    except CallError as error:
+        return fail("ray", str(error), "start it (`ray start --head`), mend RAY_ADDRESS, or unset it")
+    return ok("ray", f"RAY_ADDRESS={address}: the cluster takes connections")
 
 
 def check_torch() -> Check:

@@ -35,9 +35,7 @@ def torch_hub_file(url: str, sha256: str, name: str) -> Path:
     Raises:
         JobError: it is not there and cannot be downloaded, or is damaged.
     """
-    import torch.hub
-
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    folder = torch_hub_folder()
     path = folder / urlsplit(url).path.rsplit("/", 1)[-1]
     if not path.exists():
         try:
@@ -50,6 +48,13 @@ def torch_hub_file(url: str, sha256: str, name: str) -> Path:
     elif not sha256_of(path).startswith(sha256):
         raise JobError(f"{path} is damaged: its SHA-256 does not start with {sha256}; delete it and run again")
     return path
+
+
+def torch_hub_folder() -> Path:
+    """Where torch.hub keeps weights, found without importing torch: $TORCH_HOME, else torch in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.environ.get("TORCH_HOME") or f"{cache}/torch"
+    return Path(home).expanduser() / "hub" / "checkpoints"
 
 
 def hub_file(repo: str, filename: str, revision: str, name: str) -> Path:
