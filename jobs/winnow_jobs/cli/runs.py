@@ -11,6 +11,10 @@ import click
 from winnow_jobs.cli.main import Call
 
 
+_SHOWN = ["run_id", "status", "num_asked", "num_failed"]
+"""Columns for people: whole run ids on 80 columns; `show` and --json have the rest."""
+
+
 @click.group(
     invoke_without_command=True,
     epilog="""\b
@@ -27,7 +31,8 @@ def command(ctx: click.Context, as_json: bool) -> None:
     if ctx.invoked_subcommand is None:
         from winnow_jobs.cli.output import print_table
 
-        print_table(ctx.obj.workspace.runs(), "json" if as_json else "table")
+        runs = ctx.obj.workspace.runs()
+        print_table(runs if as_json else runs.select(_SHOWN), "json" if as_json else "table")
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
