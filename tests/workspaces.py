@@ -90,6 +90,17 @@ def fill(workspace: Workspace, source: str, num_images: int) -> None:
         list(pool.map(lambda number: place.put(f"{number:06d}.jpg", small_jpeg(number)), range(num_images)))
 
 
+def ingested(config: Path, num_images: int) -> Workspace:
+    """A workspace of so many small images in a folder beside its configuration, ready for predict."""
+    images = config.parent / "images"
+    images.mkdir(exist_ok=True)
+    workspace = Workspace(config)
+    workspace.init()
+    fill(workspace, images.as_uri(), num_images)
+    workspace.ingest([str(images)])
+    return workspace
+
+
 def start(config: Path, *arguments: str, log: Path, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
     """Start a ``winnow`` command in a process group of its own."""
     with log.open("ab") as output:

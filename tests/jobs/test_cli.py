@@ -17,7 +17,6 @@ import pytest
 
 import workspaces as ws
 from winnow.config import Config, parse_config
-from winnow_jobs import Workspace
 from winnow_jobs.cli.main import cli
 from winnow_jobs.template import reference, template
 
@@ -168,11 +167,7 @@ def test_readme_names_every_command() -> None:
 @pytest.mark.timeout(300)
 def test_ctrl_c_stops_cleanly_and_the_same_command_continues(tmp_path: Path) -> None:
     config = ws.write_config(tmp_path)
-    (tmp_path / "images").mkdir()
-    workspace = Workspace(config)
-    workspace.init()
-    ws.fill(workspace, (tmp_path / "images").as_uri(), 1_000)
-    workspace.ingest([str(tmp_path / "images")])
+    workspace = ws.ingested(config, 1_000)
     log = tmp_path / "log.txt"
     process = ws.start(config, "predict", log=log)
     try:

@@ -12,7 +12,6 @@ import psutil
 import pytest
 
 import workspaces as ws
-from winnow_jobs import Workspace
 from winnow_jobs.ports import find_free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -44,11 +43,7 @@ def test_a_local_warehouse_is_refused_where_a_node_does_not_see_it(
 ) -> None:
     hide = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(tmp_path / "warehouse")]
     config = ws.write_config(tmp_path)
-    (tmp_path / "images").mkdir()
-    workspace = Workspace(config)
-    workspace.init()
-    ws.fill(workspace, (tmp_path / "images").as_uri(), 20)
-    workspace.ingest([str(tmp_path / "images")])
+    workspace = ws.ingested(config, 20)
     if subprocess.run([*hide, "true"], capture_output=True, timeout=20, check=False).returncode != 0:
         pytest.skip("needs the right to mount in a namespace of its own (root)")
 
@@ -60,8 +55,7 @@ def test_a_local_warehouse_is_refused_where_a_node_does_not_see_it(
     ws.run(config, "predict")  # the only node sees it
     ws.check_conserved(workspace, 20)
 
-    ws.fill(workspace, (tmp_path / "images").as_uri(), 30)
-    workspace.ingest([str(tmp_path / "images")])
+    ws.ingested(config, 30)
     nodes.append(start_node([f"--address={address}"], prefix=hide))
     wait_for_nodes(address, 2)
     said = ws.run(config, "predict", code=2)
@@ -90,11 +84,7 @@ def wait_for_nodes(address: str, num_nodes: int) -> None:
 
 def test_a_cluster_that_is_not_there_is_one_message_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ws.write_config(tmp_path)
-    (tmp_path / "images").mkdir()
-    workspace = Workspace(config)
-    workspace.init()
-    ws.fill(workspace, (tmp_path / "images").as_uri(), 2)
-    workspace.ingest([str(tmp_path / "images")])
+    workspace = ws.ingested(config, 2)
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{find_free_port()}")
     said = ws.run(config, "predict", code=2, timeout_s=60)
     assert "no Ray cluster answers at 127.0.0.1" in said
@@ -106,11 +96,7 @@ def test_weights_that_cannot_be_had_stop_the_run_before_it_begins(
 ) -> None:
     config = tmp_path / "winnow.toml"
     config.write_text('[tasks.objects]\nmodel = "torchvision/resnet18@IMAGENET1K_V1"\n')
-    (tmp_path / "images").mkdir()
-    workspace = Workspace(config)
-    workspace.init()
-    ws.fill(workspace, (tmp_path / "images").as_uri(), 2)
-    workspace.ingest([str(tmp_path / "images")])
+    workspace = ws.ingested(config, 2)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     # A proxy where nothing listens: the download fails wherever the tests run.
     monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{find_free_port()}")

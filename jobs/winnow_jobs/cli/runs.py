@@ -10,7 +10,6 @@ import click
 
 from winnow_jobs.cli.main import Call
 
-
 _SHOWN = ["run_id", "status", "num_asked", "num_failed"]
 """Columns for people: whole run ids on 80 columns; `show` and --json have the rest."""
 
