@@ -454,7 +454,13 @@ def test_ctrl_c_stops_a_long_query(tmp_path: Path) -> None:
         except KeyboardInterrupt:
             print("interrupted", flush=True)
     """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        stdout=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background of a shell, Ctrl-C is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -464,4 +470,4 @@ def test_ctrl_c_stops_a_long_query(tmp_path: Path) -> None:
         assert process.communicate(timeout=20)[0] == "interrupted\n"
     finally:
         process.kill()
-        process.wait(timeout=20)
+        process.communicate(timeout=20)
