@@ -23,17 +23,17 @@ Examples:
 @click.option(
     "--folder",
     type=click.Path(path_type=Path, file_okay=False),
-    default=Path("winnow-demo"),
-    show_default=True,
-    help="The demo's workspace.",
+    help="The demo's workspace; winnow-demo by default, winnow-demo-own for your own images.",
 )
 @click.pass_obj
-def command(call: Call, images: str | None, folder: Path) -> None:
+def command(call: Call, images: str | None, folder: Path | None) -> None:
     """Ingest, predict and query from nothing: the main job on real photographs, or on your own images."""
     from winnow_jobs.cli.ingest import print_result
     from winnow_jobs.cli.output import print_predict, print_table
     from winnow_jobs.demo import fetch_weights, prepare
 
+    if folder is None:
+        folder = Path("winnow-demo" if images is None else "winnow-demo-own")
     if images is not None and "://" not in images:
         images = str(Path(images).expanduser().absolute())
     click.secho("1 · a workspace", bold=True)
