@@ -77,18 +77,10 @@ class PredictSpec:
     def answers_digest_source(self) -> dict[str, Any]:
         """The part that decides the answers: two calls with the same part may share one run."""
         values = self.to_dict()
-        kept = ("precision", "scaled_decoding", "max_bytes", "max_pixels", "asked")
-        # A model is its content, wherever the file lies.
-        tasks = {
-            name: {
-                "kind": task.kind,
-                "model": task.model.id,
-                "sha256": task.model.sha256,
-                "classes": task.model.classes,
-            }
-            for name, task in self.tasks.items()
-        }
-        return {"tasks": tasks, **{key: values[key] for key in kept}}
+        kept = ("tasks", "precision", "scaled_decoding", "max_bytes", "max_pixels", "asked")
+        for task in values["tasks"].values():
+            del task["model"]["location"]  # a model is its content, wherever the file lies
+        return {key: values[key] for key in kept}
 
 
 def distinct_views(models: list[ResolvedModel]) -> tuple[View, ...]:
