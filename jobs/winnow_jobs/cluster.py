@@ -43,7 +43,7 @@ def ray_cluster(*, num_cpus: int | None = None) -> Iterator[list[Node]]:
         if is_local():
             options |= {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
         else:
-            check_address(os.environ["RAY_ADDRESS"])
+            check_address()
         try:
             ray.init(**options)
         except ConnectionError as error:
@@ -111,25 +111,31 @@ def is_local() -> bool:
     return os.environ.get("RAY_ADDRESS", "") in ("", "local")
 
 
-def check_address(address: str) -> None:
+def check_address() -> None:
     """Refuse an address where nothing listens: Ray would try for more than ten minutes.
 
     Raises:
-        CallError: the address is none, or nothing answers there.
+        CallError: ``RAY_ADDRESS`` is no address, or nothing answers there.
     """
+    if fault := address_fault():
+        raise CallError("; ".join(fault))
+
+
+def address_fault() -> tuple[str, str] | None:
+    """What is wrong with ``RAY_ADDRESS`` and how to mend it; None when something answers there."""
+    address = os.environ["RAY_ADDRESS"]
     if address == "auto":
-        return
+        return None
     parts = urlsplit(address if "://" in address else f"ray://{address}")
     try:
         host, port = parts.hostname, parts.port
     except ValueError:
         host, port = None, None
     if not host or not port:
-        raise CallError(f"RAY_ADDRESS={address!r} names no host and port; set it to HOST:6379, or unset it")
+        return f"RAY_ADDRESS={address!r} names no host and port", "set it to HOST:6379, or unset it"
     try:
         socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT_S).close()
     except OSError as error:
-        raise CallError(
-            f"no Ray cluster answers at {host}:{port} ({error}); start it, mend RAY_ADDRESS, or unset it to run on "
-            "this machine"
-        ) from None
+        mend = "start it (`ray start --head`), mend RAY_ADDRESS, or unset it to run on this machine"
+        return f"no Ray cluster answers at {host}:{port} ({error})", mend
+    return None

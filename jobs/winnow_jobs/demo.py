@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from winnow.errors import CallError, JobError
+from winnow.models.downloads import torch_hub_folder
 from winnow_jobs.services import up
 from winnow_jobs.template import write_template
 from winnow_jobs.workspace import Workspace
@@ -90,13 +91,11 @@ def fetch_weights(say: Callable[[str], None]) -> None:
     Raises:
         JobError: none of the three worked.
     """
-    import torch
-    from torchvision.models import MobileNet_V2_Weights
-
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    target = folder / _WEIGHTS_FILE
+    target = torch_hub_folder() / _WEIGHTS_FILE
     if target.exists():
         return
+    from torchvision.models import MobileNet_V2_Weights
+
     say("weights      MobileNetV2, 14 MB, through torchvision's loader")
     try:
         MobileNet_V2_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import io
 import logging
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -174,7 +173,7 @@ def _check_before_the_start(workspace: Workspace, models: Iterable[ResolvedModel
         with ray_cluster() as nodes:
             check_all_nodes_see(Path(uris.local_path(workspace.warehouse.uri)), nodes)
     else:
-        check_address(os.environ["RAY_ADDRESS"])
+        check_address()
 
 
 def work_name(task: str, model: ResolvedModel) -> str:

@@ -3,7 +3,7 @@
 Two stages hold CPUs for the whole run (decoding and inference actors); writing and Ray's own small tasks need some
 beside them. Ray waits forever, in silence, when actors leave none. So the actors together take at most three
 quarters of every node's CPUs, in shares that Ray only accounts with: how hard a node really works is set by the
-number of decoder processes and of torch threads.
+number of decoder processes and of computing threads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from winnow.config import PredictConfig
 from winnow.errors import CallError
 
 _CPUS_PER_ACTOR = 8
-"""One inference actor on CPU uses at most this many cores: torch's intra-op threads gain little beyond."""
+"""One inference actor on CPU uses at most this many cores: a batch of 32 gives so many threads four images each."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ResourcePlan:
     Attributes:
         device: ``cpu`` or ``cuda``.
         num_infer: inference actors, with ``infer_cpus`` and ``infer_gpus`` each.
-        num_threads: torch threads per inference actor.
+        num_threads: computing threads per inference actor, each with images of its own.
         num_decode: fetching and decoding actors, with ``decode_cpus`` each.
         num_decoders: decoder processes per decoding actor.
         write_cpus: per writing task.

@@ -24,6 +24,7 @@ from torch import nn
 from winnow.config import TaskConfig
 from winnow.errors import CallError, FetchError, JobError
 from winnow.images import View
+from winnow.models import references
 from winnow.models.architectures import find_preset
 from winnow.models.references import ResolvedModel, resolve, resolve_cached
 
@@ -370,11 +371,14 @@ def test_url_is_read_again_only_when_its_version_changes(state: dict[str, torch.
     assert len(fetched) == 4
 
 
-def test_damaged_cache_is_ignored_and_mended(tmp_path: Path) -> None:
+def test_damaged_cache_is_ignored_and_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(references.logger, "warning", lambda text, *values: said.append(text % values))
     first = resolve_cached(task("torchvision/mobilenet_v2"), cache_dir=tmp_path, base_dir=tmp_path)
     (kept,) = tmp_path.iterdir()
     kept.write_text(json.dumps({"id": 1}))
     assert resolve_cached(task("torchvision/mobilenet_v2"), cache_dir=tmp_path, base_dir=tmp_path) == first
+    assert any(text.startswith(f"ignoring {kept}") for text in said)
     assert list(tmp_path.iterdir()) == [kept]
     assert ResolvedModel.from_json(kept.read_text()) == first
 

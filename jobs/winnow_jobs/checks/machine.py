@@ -18,9 +18,9 @@ from urllib.parse import urlsplit
 import psutil
 
 from winnow.config import TaskConfig
-from winnow.errors import CallError
+from winnow.models.downloads import torch_hub_folder
 from winnow_jobs.checks import Check, fail, ok, warn
-from winnow_jobs.cluster import check_address, is_local
+from winnow_jobs.cluster import address_fault, is_local
 
 GB = 1_000_000_000
 _PACKAGES = ("ray", "torch", "torchvision", "pyarrow", "deltalake", "duckdb", "obstore", "pillow")
@@ -66,12 +66,8 @@ def check_ray() -> Check:
     """Whether jobs start Ray here, and otherwise whether the cluster's address answers."""
     if is_local():
         return ok("ray", "jobs start it on this machine; set RAY_ADDRESS to use a cluster")
-    address = os.environ["RAY_ADDRESS"]
-    try:
-        check_address(address)
-    except CallError as error:
-        return fail("ray", str(error), "start it (`ray start --head`), mend RAY_ADDRESS, or unset it")
-    return ok("ray", f"RAY_ADDRESS={address}: the cluster takes connections")
+    fault = address_fault()
+    return fail("ray", *fault) if fault else ok("ray", f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: takes connections")
 
 
 def check_torch() -> Check:
@@ -99,7 +95,7 @@ def check_torch() -> Check:
 
 def check_weights_cache() -> Check:
     """The folder where torchvision keeps downloaded weights."""
-    folder = _checkpoints()
+    folder = torch_hub_folder()
     detail = f"{folder}"
     if not _is_writable(folder):
         return fail("weights cache", f"{detail} cannot be written", "set TORCH_HOME to a folder that you may write")
@@ -145,7 +141,7 @@ def _check_torchvision_weights(name: str, model: str, weights: str) -> Check:
         return fail(name, f"torchvision/{model} has no weights {weights!r}", f"choose one of {choices}")
     member = known[weights or "DEFAULT"]
     what = f"torchvision/{model}@{member.name}"
-    path = _checkpoints() / Path(urlsplit(member.url).path).name
+    path = torch_hub_folder() / Path(urlsplit(member.url).path).name
     if path.exists():
         if not _hash_matches(path):
             return fail(name, f"{path} is damaged: its hash is not the one in its name", f"delete it: rm {path}")
@@ -203,13 +199,6 @@ def check_memory() -> Check:
             f"give the container more shared memory: docker run --shm-size={1.1 * store / GB:.0f}g",
         )
     return ok("memory", detail)
-
-
-def _checkpoints() -> Path:
-    """As torch.hub.get_dir: TORCH_HOME, else under the user's cache folder."""
-    home = os.environ.get("TORCH_HOME")
-    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    return (Path(home) if home else Path(cache) / "torch").expanduser() / "hub" / "checkpoints"
 
 
 def _hash_matches(path: Path) -> bool:
