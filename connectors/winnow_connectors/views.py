@@ -26,6 +26,13 @@ newest AS (
     ) = 1
 )"""
 
+_LAST_COMPARED = """
+compared AS (
+    SELECT task, arg_max(run_id, finished_at) AS run
+    FROM (SELECT unnest(tasks) AS task, run_id, finished_at FROM runs WHERE job = 'duplicates' AND status = 'finished')
+    GROUP BY task
+)"""
+
 VIEWS: dict[str, str] = {
     "current_images": f"""
 WITH {_FINISHED}, {_LAST_SEEN}
@@ -49,9 +56,32 @@ FROM failed AS f LEFT JOIN seen AS s USING (image_id)
 """,
     "latest_predictions": f"""
 WITH {_FINISHED}, {_LAST_SEEN}, {_NEWEST_PREDICTION}
-SELECT n.image_id, s.uri, n.task, n.model, n.label, n.confidence, n.margin, n.entropy, n.top5, n.probabilities, n.run,
-    n."at", coalesce(s.{_CURRENT}, false) AS current
+SELECT n.image_id, s.uri, n.task, n.model, n.label, n.confidence, n.margin, n.entropy, n.top5, n.probabilities,
+    n.disagreement, n.run, n."at", coalesce(s.{_CURRENT}, false) AS current
 FROM newest AS n LEFT JOIN seen AS s USING (image_id)
+""",
+    # All rows of one answer: rank, not row_number.
+    "latest_segments": f"""
+WITH {_FINISHED}, {_LAST_SEEN},
+newest AS (
+    SELECT segments.* FROM segments JOIN finished USING (run)
+    QUALIFY rank() OVER (PARTITION BY image_id, task ORDER BY run_finished_at DESC, segments."at" DESC, model) = 1
+)
+SELECT n.image_id, s.uri, n.task, n.model, n.label, n.area_share, n.confidence, n.entropy, n.disagreement, n.box, n.rle,
+    n.run, n."at", coalesce(s.{_CURRENT}, false) AS current
+FROM newest AS n LEFT JOIN seen AS s USING (image_id)
+""",
+    "duplicate_groups": f"""
+WITH {_FINISHED}, {_LAST_SEEN}, {_LAST_COMPARED}
+SELECT d.group_id, d.image_id, s.uri, s.split, d.task, d.model, d.kind, d.representative, d.similarity, d.hamming,
+    d.num_images, d.run, d."at", coalesce(s.{_CURRENT}, false) AS current
+FROM duplicates AS d SEMI JOIN compared USING (task, run) LEFT JOIN seen AS s USING (image_id)
+""",
+    "outliers": f"""
+WITH {_FINISHED}, {_LAST_SEEN}, {_LAST_COMPARED}
+SELECT n.image_id, s.uri, s.split, n.task, n.model, n.outlier_score, n.k, n.nearest, n.similarity, n.run, n."at",
+    coalesce(s.{_CURRENT}, false) AS current
+FROM neighbours AS n SEMI JOIN compared USING (task, run) LEFT JOIN seen AS s USING (image_id)
 """,
     # Of each annotation the last event counts (of two at one time: the deletion); then one label per image and task.
     "current_labels": f"""

@@ -15,13 +15,23 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from winnow.config import IngestConfig, PredictConfig, SplitsConfig, StorageConfig, TaskConfig, WarehouseConfig
+from winnow.config import (
+    AugmentationConfig,
+    IngestConfig,
+    PredictConfig,
+    SplitsConfig,
+    StorageConfig,
+    TaskConfig,
+    WarehouseConfig,
+)
 from winnow.errors import CallError
 
 _HEADER = """\
 # Winnow's configuration. Every key is listed; those behind a # have their default value.
 # Secrets never stand here: they come from the environment or a cloud profile.
 """
+
+_MILD = ({"name": "RandomHorizontalFlip", "p": 0.5}, {"name": "ColorJitter", "brightness": 0.2})
 
 
 def template(*, warehouse: str = "./warehouse", storage: str = "") -> str:
@@ -38,6 +48,7 @@ def template(*, warehouse: str = "./warehouse", storage: str = "") -> str:
         _section(
             "tasks.objects", TaskConfig, {"kind": "classification", "model": "torchvision/mobilenet_v2@IMAGENET1K_V1"}
         ),
+        _section("augmentations.mild", AugmentationConfig, {"transforms": _MILD}, commented=True),
         _section("ingest", IngestConfig, {}),
         _section("splits", SplitsConfig, {}),
         _section("predict", PredictConfig, {}),
@@ -71,9 +82,13 @@ def _section(name: str, model: type[BaseModel], given: dict[str, Any], *, commen
             lines.append(f"{mark}{key} = {_toml(given[key])}")
             continue
         default = field.get_default(call_default_factory=True)
-        value = '"…"' if default in (None, PydanticUndefined) else _toml(default)
+        value = _placeholder(field) if default in (None, PydanticUndefined) else _toml(default)
         lines.append(f"# {key} = {value}")
     return "\n".join(lines) + "\n"
+
+
+def _placeholder(field: FieldInfo) -> str:
+    return _toml(field.examples[0]) if field.examples else '"…"'
 
 
 def _comment(text: str) -> list[str]:
@@ -81,8 +96,12 @@ def _comment(text: str) -> list[str]:
 
 
 def _toml(value: Any) -> str:
-    """A TOML literal for a default value: numbers, booleans, strings and lists of strings are as in JSON."""
-    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
+    """A TOML literal for a default value: numbers, booleans and strings are as in JSON."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(entry)}" for key, entry in value.items()) + " }"
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_toml(entry) for entry in value) + "]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 _REFERENCE_HEAD = """\
@@ -110,6 +129,7 @@ def reference() -> str:
         ("[warehouse]", WarehouseConfig),
         ('[storage."s3://"]', StorageConfig),
         ("[tasks.NAME]", TaskConfig),
+        ("[augmentations.NAME]", AugmentationConfig),
         ("[ingest]", IngestConfig),
         ("[splits]", SplitsConfig),
         ("[predict]", PredictConfig),

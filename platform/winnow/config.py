@@ -18,6 +18,7 @@ from winnow.uris import redact
 TaskName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Kind = Literal["classification", "segmentation", "embedding"]
 
 
 class _Section(BaseModel):
@@ -62,8 +63,12 @@ class StorageConfig(_Section):
 class TaskConfig(_Section):
     """Something to find out about every image."""
 
-    kind: Literal["classification"] = Field(
-        "classification", description="What the answer looks like. One of: classification."
+    kind: Kind = Field(
+        "classification",
+        description=(
+            "What the answer looks like: classification (table predictions), segmentation (table segments) or "
+            "embedding (table embeddings)."
+        ),
     )
     model: str = Field(
         min_length=1,
@@ -76,11 +81,34 @@ class TaskConfig(_Section):
         None, description="For a checkpoint: torchvision/NAME or timm/NAME whose weights the file holds."
     )
     classes: tuple[str, ...] | None = Field(
-        None, description="Class names in the order of the model's outputs. Known already for built-in weights."
+        None,
+        description=(
+            "Class names in the order of the model's outputs. Known already for built-in weights; another number of "
+            "names makes the model a starting point for `winnow train`."
+        ),
+    )
+    size: int | None = Field(
+        None,
+        ge=32,
+        le=4096,
+        examples=[520],
+        description=(
+            "Segmentation only: images are fitted into a square of this many pixels a side, and masks have this "
+            "resolution. 520 by default, as torchvision's."
+        ),
     )
     store_probabilities: bool = Field(
         False, description="Also store the whole probability vector of every image (predictions.probabilities)."
     )
+    augmentation: str | None = Field(
+        None,
+        examples=["mild"],
+        description=(
+            "Name of an [augmentations.NAME] section: the answer is the mean over the image and num_views - 1 "
+            "augmented views of it, and how much they disagree is stored."
+        ),
+    )
+    num_views: int = Field(4, ge=2, le=64, description="Views per image, the image itself included, with augmentation.")
 
     @field_validator("classes", mode="before")
     @classmethod
@@ -97,6 +125,35 @@ class TaskConfig(_Section):
         doubled = sorted({name for name in value if value.count(name) > 1})
         if doubled:
             raise ValueError(f"names must be distinct; given twice: {', '.join(doubled)}")
+        return value
+
+
+class AugmentationConfig(_Section):
+    """A policy: transforms of torchvision.transforms.v2 by name, applied in order, seeded by image.
+
+    Used for averaged views in predict and for copies by `winnow augment`.
+    """
+
+    transforms: tuple[dict[str, Any], ...] = Field(
+        min_length=1,
+        description=(
+            'Such as [{ name = "RandomHorizontalFlip" }, { name = "ColorJitter", brightness = 0.2 }]: the name of a '
+            "torchvision.transforms.v2 class and its parameters."
+        ),
+    )
+    seed: int = Field(0, ge=0, description="Another seed gives other views of the same images.")
+
+    @field_validator("transforms", mode="before")
+    @classmethod
+    def _transforms_from_list(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("transforms")
+    @classmethod
+    def _transforms_have_names(cls, value: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        for number, transform in enumerate(value, start=1):
+            if not isinstance(transform.get("name"), str):
+                raise ValueError(f'transform {number} needs a name, such as name = "RandomHorizontalFlip"')
         return value
 
 
@@ -182,6 +239,7 @@ class Config(_Section):
     warehouse: WarehouseConfig = Field(default_factory=WarehouseConfig)
     storage: dict[str, StorageConfig] = Field(default_factory=dict)
     tasks: dict[TaskName, TaskConfig] = Field(default_factory=dict)
+    augmentations: dict[TaskName, AugmentationConfig] = Field(default_factory=dict)
     ingest: IngestConfig = Field(default_factory=IngestConfig)
     splits: SplitsConfig = Field(default_factory=SplitsConfig)
     predict: PredictConfig = Field(default_factory=PredictConfig)
@@ -195,6 +253,29 @@ class Config(_Section):
                 f'section names are URL prefixes such as "s3://" or "s3://bucket"; not: {", ".join(wrong)}'
             )
         return value
+
+    @model_validator(mode="after")
+    def _augmentations_exist(self) -> Config:
+        for name, task in self.tasks.items():
+            if task.augmentation is not None and task.augmentation not in self.augmentations:
+                known = ", ".join(sorted(self.augmentations)) or "none"
+                raise ValueError(
+                    f"tasks.{name}.augmentation = {task.augmentation!r} is unknown; configured [augmentations.NAME] "
+                    f"sections: {known}"
+                )
+        return self
+
+    def augmentation(self, name: str) -> AugmentationConfig:
+        """The augmentation policy of that name.
+
+        Raises:
+            CallError: no such section; the message lists those that exist.
+        """
+        try:
+            return self.augmentations[name]
+        except KeyError:
+            known = ", ".join(sorted(self.augmentations)) or "none; add an [augmentations.NAME] section to winnow.toml"
+            raise CallError(f"augmentation {name!r} is unknown; configured augmentations: {known}") from None
 
     def task(self, name: str) -> TaskConfig:
         """The task of that name.
@@ -244,6 +325,8 @@ def parse_config(text: str, *, name: str = "winnow.toml") -> Config:
 def _describe(fault: Any) -> str:
     """One line: key, value, what is valid."""
     location = fault["loc"]
+    if not location:  # a fault between sections names its keys itself
+        return f"  {_lower(fault['msg'].removeprefix('Value error, '))}"
     key = ".".join(_quote(part) for part in location)
     kind, message, value = fault["type"], fault["msg"], fault.get("input")
     if kind == "extra_forbidden":
@@ -273,7 +356,11 @@ def _section_class(location: tuple[int | str, ...]) -> type[_Section] | None:
     """The section that the last part of a location belongs to."""
     if len(location) == 1:
         return Config
-    tables: dict[str, type[_Section]] = {"storage": StorageConfig, "tasks": TaskConfig}
+    tables: dict[str, type[_Section]] = {
+        "storage": StorageConfig,
+        "tasks": TaskConfig,
+        "augmentations": AugmentationConfig,
+    }
     first = str(location[0])
     if first in tables:
         return tables[first] if len(location) == 3 else None

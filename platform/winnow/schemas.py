@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the warehouse layout, kept in ``warehouse.json``."""
 
 _TIME = pa.timestamp("us", tz="UTC")
@@ -23,6 +23,9 @@ def _schema(**columns: pa.DataType) -> pa.Schema:
 
 SCORED_LABEL = pa.struct([pa.field("label", pa.string()), pa.field("score", pa.float32())])
 """One entry of ``predictions.top5``."""
+
+RLE = pa.struct([pa.field("size", pa.list_(pa.int32())), pa.field("counts", pa.string())])
+"""A mask as COCO's compressed run-length encoding: size [height, width] and counts; see ``winnow.masks``."""
 
 TABLES: dict[str, pa.Schema] = {
     # event: added, changed (a new version of a known uri), replaced (its former version), vanished
@@ -58,6 +61,8 @@ TABLES: dict[str, pa.Schema] = {
         format=pa.string(),
         width=pa.int32(),
         height=pa.int32(),
+        pixel_hash=pa.string(),
+        phash=pa.string(),
         at_=_TIME,
     ),
     "predictions": _schema(
@@ -71,6 +76,7 @@ TABLES: dict[str, pa.Schema] = {
         entropy_=pa.float32(),
         top5_=pa.list_(SCORED_LABEL),
         probabilities=pa.list_(pa.float32()),
+        disagreement=pa.float32(),
         at_=_TIME,
     ),
     "segments": _schema(
@@ -82,8 +88,9 @@ TABLES: dict[str, pa.Schema] = {
         area_share_=pa.float32(),
         confidence_=pa.float32(),
         entropy_=pa.float32(),
-        box=pa.list_(pa.float32()),
-        rle=pa.struct([pa.field("size", pa.list_(pa.int32())), pa.field("counts", pa.string())]),
+        disagreement=pa.float32(),
+        box_=pa.list_(pa.float32()),
+        rle_=RLE,
         at_=_TIME,
     ),
     "embeddings": _schema(
@@ -92,6 +99,31 @@ TABLES: dict[str, pa.Schema] = {
         model_=pa.string(),
         run_=pa.string(),
         vector_=pa.list_(pa.float32()),
+        at_=_TIME,
+    ),
+    # kind: bytes, pixels, near; one row per member of a group of two or more
+    "duplicates": _schema(
+        image_id_=pa.string(),
+        task_=pa.string(),
+        model_=pa.string(),
+        group_id_=pa.string(),
+        kind_=pa.string(),
+        representative_=pa.string(),
+        similarity_=pa.float32(),
+        hamming=pa.int32(),
+        num_images_=pa.int32(),
+        run_=pa.string(),
+        at_=_TIME,
+    ),
+    "neighbours": _schema(
+        image_id_=pa.string(),
+        task_=pa.string(),
+        model_=pa.string(),
+        nearest_=pa.string(),
+        similarity_=pa.float32(),
+        k_=pa.int32(),
+        outlier_score_=pa.float32(),
+        run_=pa.string(),
         at_=_TIME,
     ),
     "queue": _schema(
@@ -157,6 +189,8 @@ TABLES: dict[str, pa.Schema] = {
         task_=pa.string(),
         version_=pa.string(),
         event_=pa.string(),
+        location=pa.string(),
+        sha256=pa.string(),
         metrics=pa.string(),
         detail=pa.string(),
         run_=pa.string(),
