@@ -5,7 +5,8 @@
     WinnowError
     ├── CallError             the call cannot be carried out as it stands: mend the call (exit code 2)
     │   ├── ConfigError       one or many faults in winnow.toml
-    │   └── QueryError        the SQL is wrong
+    │   ├── QueryError        the SQL is wrong
+    │   └── MaskError         a mask, or a label of pixels, is malformed or does not fit
     ├── JobError              the job started and could not finish (exit code 1)
     │   ├── OpenRunError      another run holds the same work
     │   ├── StoppedError      too many images failed for reasons of access or storage
@@ -52,6 +53,10 @@ class ConfigError(CallError):
 
 class QueryError(CallError):
     """The SQL engine refused the statement."""
+
+
+class MaskError(CallError):
+    """A mask, its encoding or a label of pixels is malformed, or does not fit its image or classes."""
 
 
 class JobError(WinnowError):
