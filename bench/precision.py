@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 from winnow.config import Precision, TaskConfig
 from winnow.images import DecodeLimits, View, decode
 from winnow.models.architectures import torchvision_weights
-from winnow.models.loading import load, load_network
+from winnow.models.loading import load
 from winnow.models.references import ResolvedModel, resolve
 from winnow.uncertainty import margin, softmax
 
@@ -41,9 +41,11 @@ Probabilities = NDArray[np.float32]
 def reference(files: Iterable[bytes], model: ResolvedModel) -> Probabilities:
     """Probabilities (N, C) as torchvision computes them: its transforms, its eager network, one image at a time."""
     import torch
+    from torchvision.models import get_model
 
-    network = load_network(model)
-    transforms = torchvision_weights(model.architecture.partition("/")[2], model.weights).transforms()
+    name = model.architecture.partition("/")[2]
+    weights = torchvision_weights(name, model.weights)
+    network, transforms = get_model(name, weights=weights).eval(), weights.transforms()
     logits = []
     with torch.inference_mode():
         for data in files:
@@ -59,8 +61,9 @@ def pixels(files: Iterable[bytes], view: View, *, scaled: bool) -> NDArray[np.ui
 
 def predict(images: NDArray[np.uint8], model: ResolvedModel, precision: Precision, device: str) -> Probabilities:
     """Probabilities (N, C) as Winnow computes them; the time to load the model counts."""
-    classifier = load(model, device=device, precision=precision)
-    return np.concatenate([classifier.predict(images[start : start + BATCH]) for start in range(0, len(images), BATCH)])
+    predictor = load(model, device=device, precision=precision)
+    starts = range(0, len(images), BATCH)
+    return np.concatenate([predictor.predict(images[start : start + BATCH])[model.id] for start in starts])
 
 
 def enlarge(data: bytes) -> bytes:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import io
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -307,7 +308,7 @@ def _ask(workspace: Workspace, run: Run, spec: PredictSpec, selection: Selection
         from winnow_jobs.pipeline import execute
 
         resources = plan_resources(nodes, workspace.config.predict)
-        pixel_bytes = max(3 * view.crop[0] * view.crop[1] if view.crop else 1 for view in spec.views())
+        pixel_bytes = max(3 * math.prod(view.size) if view.size else 1 for view in spec.views())
         batch_size = plan_batch_size(workspace.config.predict, device=resources.device, pixel_bytes=pixel_bytes)
         spec = dataclasses.replace(spec, batch_size=batch_size)
         effort.capacity = _capacity(spec, resources)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from winnow.config import Precision, PredictConfig
+from winnow.config import Kind, Precision, PredictConfig
 from winnow.images import DecodeLimits, View
 from winnow.models.references import ResolvedModel
 
@@ -16,7 +16,7 @@ from winnow.models.references import ResolvedModel
 class TaskSpec:
     """One task of the run: its model, and which of the run's views feeds it."""
 
-    kind: str
+    kind: Kind
     model: ResolvedModel
     view_index: int
     store_probabilities: bool
@@ -90,7 +90,7 @@ def distinct_views(models: list[ResolvedModel]) -> tuple[View, ...]:
 
 def make_spec(
     config: PredictConfig,
-    tasks: Mapping[str, tuple[str, ResolvedModel, bool]],
+    tasks: Mapping[str, tuple[Kind, ResolvedModel, bool]],
     *,
     batch_size: int,
     chunk_rows: int,

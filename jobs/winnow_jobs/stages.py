@@ -13,7 +13,7 @@ Columns between the stages::
     sha256, num_bytes, format, width, height    what is known of the source
     fetch_s, decode_s       seconds: waiting for storage; CPU of decoding
     pixels_<i>              uint8[H·W·3], one per distinct view; dropped by infer
-    answer_<task>           struct, null when failed; added by infer
+    answer_<task>           one value of ``winnow.answers``, null when failed; added by infer
     infer_s, infer_cpu_s    seconds of the image's share of its batch; added by infer
 """
 
@@ -34,7 +34,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from winnow.answers import classification_answers
+from winnow.answers import (
+    ANSWER_TABLES,
+    ANSWER_TYPES,
+    classification_answers,
+    embedding_answers,
+    rows_of,
+    segmentation_answers,
+)
 from winnow.batches import Marker, Ranges, add_up, to_ranges
 from winnow.decoders import Decoded, DecoderPool
 from winnow.errors import FAILURE_KINDS, FetchError, ImageError, InferenceError, StoppedError
@@ -44,7 +51,7 @@ from winnow_connectors.object_store import ObjectStores
 from winnow_jobs.spec import PredictSpec
 
 if TYPE_CHECKING:
-    from winnow.models.classifiers import Classifier
+    from winnow.models.predictors import Predictor
 
 Report = Callable[..., str | None]
 """Called with ``read=``, ``failed=``, ``systemic=`` or ``answered=`` counts; answers the reason to stop, if any."""
@@ -194,28 +201,30 @@ class Infer:
         self._num_threads = num_threads if device == "cpu" else 1
         self._threads = ThreadPoolExecutor(self._num_threads, initializer=_one_torch_thread)
 
-        def load_models() -> dict[str, Classifier]:
-            from winnow.models.loading import load  # here, because it brings torch, which no other stage needs
+        def load_models() -> list[Predictor]:
+            from winnow.models.loading import load_all  # here, because it brings torch, which no other stage needs
 
-            return {
-                name: load(task.model, device=device, precision=spec.precision, fetch=stores.download)
-                for name, task in spec.tasks.items()
-            }
+            models = {name: task.model for name, task in spec.tasks.items()}
+            return load_all(models, device=device, precision=spec.precision, fetch=stores.download)
 
-        self._models = self._threads.submit(load_models).result()
+        self._predictors = self._threads.submit(load_models).result()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         started, cpu_started = time.perf_counter(), time.process_time()
         readable = np.array(pc.is_null(table["error"]))
-        asked = table["asked"].to_numpy()
+        masks = table["asked"].to_numpy()
+        asked = {name: readable & (masks >> bit & 1).astype(bool) for bit, name in enumerate(self._spec.tasks)}
         images = [_images_NHWC(table, index, view) for index, view in enumerate(self._spec.views())]
+        sizes = list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
         answers: dict[str, pa.Array] = {}
-        for bit, (name, task) in enumerate(self._spec.tasks.items()):
-            rows = np.flatnonzero(readable & (asked >> bit & 1).astype(bool))
-            found = self._answers(name, images[task.view_index][rows])
+        for predictor in self._predictors:
+            rows = np.flatnonzero(np.logical_or.reduce([asked[name] for name in predictor.models]))
+            view = self._spec.tasks[next(iter(predictor.models))].view_index
+            found = self._answers(predictor, images[view], sizes, rows)
             where = np.full(table.num_rows, -1, dtype=np.int64)
             where[rows] = np.arange(len(rows))
-            answers[f"answer_{name}"] = found.take(pa.array(where, mask=where < 0))
+            for name in predictor.models:
+                answers[f"answer_{name}"] = found[name].take(pa.array(where, mask=~asked[name]))
         elapsed, cpu = time.perf_counter() - started, time.process_time() - cpu_started
         result = table.drop_columns([name for name in table.column_names if name.startswith("pixels_")])
         for column, values in answers.items():
@@ -226,15 +235,32 @@ class Infer:
         self._report(answered=table.num_rows)
         return result
 
-    def _answers(self, name: str, images_NHWC: NDArray[np.uint8]) -> pa.StructArray:
+    def _answers(
+        self,
+        predictor: Predictor,
+        images_NHWC: NDArray[np.uint8],
+        sizes: Sequence[tuple[int, int]],
+        rows: NDArray[np.int64],
+    ) -> dict[str, pa.Array]:
+        """Answers of all models of a predictor for some rows of a table, by task."""
+
+        def answer(part: NDArray[np.int64]) -> dict[str, pa.Array]:
+            shown = [sizes[row] for row in part]
+            found = predictor.predict(images_NHWC[part], shown)
+            return {name: self._to_arrow(name, values, shown) for name, values in found.items()}
+
+        if not len(rows):
+            return {name: pa.array([], type=ANSWER_TYPES[self._spec.tasks[name].kind]) for name in predictor.models}
+        parts = list(self._threads.map(answer, np.array_split(rows, min(self._num_threads, len(rows)))))
+        return {name: pa.concat_arrays([part[name] for part in parts]) for name in predictor.models}
+
+    def _to_arrow(self, name: str, found: Any, sizes: Sequence[tuple[int, int]]) -> pa.Array:
         task = self._spec.tasks[name]
-        classes = task.model.classes
-        if len(images_NHWC):
-            parts = np.array_split(images_NHWC, min(self._num_threads, len(images_NHWC)))
-            probabilities_NC = np.concatenate(list(self._threads.map(self._models[name].predict, parts)))
-        else:
-            probabilities_NC = np.zeros((0, len(classes)), dtype=np.float32)
-        return classification_answers(probabilities_NC, classes, store_probabilities=task.store_probabilities)
+        if task.kind == "segmentation":
+            return segmentation_answers(found, task.model.classes, sizes)
+        if task.kind == "embedding":
+            return embedding_answers(found)
+        return classification_answers(found, task.model.classes, store_probabilities=task.store_probabilities)
 
 
 def _one_torch_thread() -> None:
@@ -266,9 +292,10 @@ class BatchWriter:
             fragments.append(self._run.stage("outcomes", outcomes))
             answered = asked.filter(pc.is_valid(asked[f"answer_{name}"]))
             if answered.num_rows:
-                rows = pa.Table.from_struct_array(answered[f"answer_{name}"].combine_chunks())
-                rows = self._keyed(rows, answered["image_id"], name, now)
-                fragments.append(self._run.stage("predictions", rows))
+                kind = self._spec.tasks[name].kind
+                rows, images = rows_of(kind, pa.concat_arrays(answered[f"answer_{name}"].chunks))
+                rows = self._keyed(rows, answered["image_id"].take(pa.array(images)), name, now)
+                fragments.append(self._run.stage(ANSWER_TABLES[kind], rows))
             failed = outcomes.filter(pc.equal(outcomes["status"], "failed"))
             counts.append({f"answered.{name}": answered.num_rows, f"failed.{name}": failed.num_rows})
             counts.append(
@@ -362,10 +389,9 @@ def _failure(error: ImageError) -> dict[str, Any]:
 
 
 def _view_shape(view: View) -> tuple[int, int]:
-    size = view.crop or view.resize
-    if not isinstance(size, tuple):
+    if view.size is None:
         raise ValueError(f"{view} does not give pixels of one fixed size")
-    return size
+    return view.size
 
 
 def _pixel_column(batch: Sequence[_Answered], index: int, view: View) -> pa.FixedSizeListArray:

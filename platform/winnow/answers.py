@@ -1,23 +1,50 @@
-"""A model's output as rows: what ``predictions`` says about an image.
+"""A model's output as rows: what ``predictions``, ``segments`` and ``embeddings`` say about an image.
 
-Legend: N images, C classes.
+Between the stages an answer is one value per image, null where there is none; ``rows_of`` makes the rows of it.
+Legend: N images, C classes, D features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from winnow.config import Kind
+from winnow.masks import box_to_source, encode_classes
 from winnow.schemas import TABLES
 from winnow.uncertainty import confidence, entropy, is_answered, margin, top_k
 
-_COLUMNS = ("label", "confidence", "margin", "entropy", "top5", "probabilities")
+if TYPE_CHECKING:
+    from winnow.models.predictors import MaskAnswer
 
-CLASSIFICATION_ANSWER = pa.struct([TABLES["predictions"].field(name).with_nullable(True) for name in _COLUMNS])
+
+def _struct(table: str, *columns: str) -> pa.StructType:
+    return pa.struct([TABLES[table].field(name).with_nullable(True) for name in columns])
+
+
+CLASSIFICATION_ANSWER = _struct("predictions", "label", "confidence", "margin", "entropy", "top5", "probabilities")
 """The columns of ``predictions`` that come from the model."""
+
+SEGMENT = _struct("segments", "label", "area_share", "confidence", "entropy", "box", "rle")
+"""The columns of ``segments`` that come from the model; the answer for an image is a list of these."""
+
+ANSWER_TYPES: dict[Kind, pa.DataType] = {
+    "classification": CLASSIFICATION_ANSWER,
+    "segmentation": pa.list_(SEGMENT),
+    "embedding": pa.list_(pa.float32()),
+}
+"""The answer for one image, by kind of task."""
+
+ANSWER_TABLES: dict[Kind, str] = {
+    "classification": "predictions",
+    "segmentation": "segments",
+    "embedding": "embeddings",
+}
+"""The table that a kind of task is answered in."""
 
 
 def classification_answers(
@@ -63,3 +90,58 @@ def classification_answers(
         vectors.cast(CLASSIFICATION_ANSWER.field("probabilities").type),
     ]
     return pa.StructArray.from_arrays(columns, fields=list(CLASSIFICATION_ANSWER), mask=pa.array(~finite))
+
+
+def segmentation_answers(
+    masks: Sequence[MaskAnswer | None], classes: Sequence[str], sizes: Sequence[tuple[int, int]]
+) -> pa.ListArray:
+    """The segments of every image, a list of ``SEGMENT`` per class found (N,); null where there is no mask.
+
+    Args:
+        masks: of N images.
+        classes: C names.
+        sizes: (width, height) of each source image, in whose pixels the boxes are.
+    """
+    rows: list[list[dict[str, object]] | None] = []
+    for mask, size in zip(masks, sizes, strict=True):
+        if mask is None:
+            rows.append(None)
+            continue
+        height, width = mask.labels_HW.shape
+        rows.append(
+            [
+                {
+                    "label": classes[found.value],
+                    "area_share": found.num_pixels / (width * height),
+                    "confidence": mask.confidence_C[found.value],
+                    "entropy": mask.entropy_C[found.value],
+                    "box": box_to_source(found.box, (width, height), size),
+                    "rle": found.rle,
+                }
+                for found in encode_classes(mask.labels_HW)
+            ]
+        )
+    return pa.array(rows, type=ANSWER_TYPES["segmentation"])
+
+
+def embedding_answers(vectors_ND: NDArray[np.float32]) -> pa.ListArray:
+    """The vector of every image, a list of D float32 (N,); null where it is not finite."""
+    num, depth = vectors_ND.shape
+    offsets = pa.array(np.arange(num + 1, dtype=np.int32) * depth)
+    values = pa.array(np.ascontiguousarray(vectors_ND).reshape(-1), type=pa.float32())
+    return pa.ListArray.from_arrays(offsets, values, mask=pa.array(~is_answered(vectors_ND)))
+
+
+def rows_of(kind: Kind, answers: pa.Array) -> tuple[pa.Table, NDArray[np.int64]]:
+    """Rows of the table ``ANSWER_TABLES[kind]`` without their keys, and the number of each row's image.
+
+    Args:
+        kind: of the task.
+        answers: one per image, none of them null.
+    """
+    images_N = np.arange(len(answers))
+    if kind == "classification":
+        return pa.Table.from_struct_array(answers), images_N
+    if kind == "embedding":
+        return pa.table({"vector": answers}), images_N
+    return pa.Table.from_struct_array(answers.flatten()), np.repeat(images_N, answers.value_lengths().to_numpy())

@@ -41,14 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     with socket.socket(fileno=int(arguments[0])) as connection, connection.makefile("rb") as requests:
         settings = json.loads(requests.readline())
         limits = DecodeLimits(**settings["limits"])
-        views = [
-            View(
-                tuple(view["resize"]) if isinstance(view["resize"], list) else view["resize"],
-                tuple(view["crop"]) if view["crop"] else None,
-                view["interpolation"],
-            )
-            for view in settings["views"]
-        ]
+        views = [View.from_dict(view) for view in settings["views"]]
         load_plugins()
         _confine(limits)
         connection.sendall(b"R")

@@ -320,7 +320,7 @@ class _Child:
 
     @property
     def _max_view_bytes(self) -> int:
-        return 3 * max([self._limits.max_pixels, *(math.prod(view.crop) for view in self._views if view.crop)])
+        return 3 * max([self._limits.max_pixels, *(math.prod(view.size) for view in self._views if view.size)])
 
     def _receive(self, buffer: memoryview, deadline: float) -> None:
         assert self._socket is not None

@@ -9,9 +9,9 @@ JPEG was scaled while decoding. Nothing here guards against a decoder that crash
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,23 +46,50 @@ class View:
             None to keep the size.
         crop: centre crop (height, width), padded with 0 where the image is smaller; None keeps everything.
         interpolation: how to resize; always antialiased, as Pillow does.
+        fit: instead of both: scaled, keeping its shape, to fit into this (height, width), in the upper left corner.
+        fill: colour (R, G, B) of what ``fit`` leaves free.
     """
 
     resize: int | tuple[int, int] | None = None
     crop: tuple[int, int] | None = None
     interpolation: Interpolation = "bilinear"
+    fit: tuple[int, int] | None = None
+    fill: tuple[int, int, int] = (0, 0, 0)
 
     def __post_init__(self) -> None:
         sides = (*((self.resize,) if isinstance(self.resize, int) else self.resize or ()), *(self.crop or ()))
-        if any(side < 1 for side in sides):
+        if any(side < 1 for side in (*sides, *(self.fit or ()))):
             raise ValueError(f"a view's sides must be at least 1 pixel: {self}")
+        if self.fit is not None and sides:
+            raise ValueError(f"a view either fits or resizes and crops: {self}")
         if self.interpolation not in get_args(Interpolation):
             raise ValueError(
                 f"interpolation {self.interpolation!r} is unknown; choose {', '.join(get_args(Interpolation))}"
             )
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The view of a dict such as ``dataclasses.asdict`` makes, also after a way through JSON."""
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
+        }
+        return cls(**values)
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) of the pixels that come out; None where that depends on the image."""
+        return self.fit or self.crop or (self.resize if isinstance(self.resize, tuple) else None)
+
     def target(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) after resizing and before cropping, as torchvision's ``_compute_resized_output_size``."""
+        """(width, height) after resizing and before cropping, as torchvision's ``_compute_resized_output_size``.
+
+        With ``fit``, the part of the pixels that shows the image: the longer side fills, the other is rounded half up.
+        """
+        if self.fit is not None:
+            most_high, most_wide = self.fit
+            if width * most_high >= height * most_wide:
+                return most_wide, max(1, (2 * height * most_wide + width) // (2 * width))
+            return max(1, (2 * width * most_high + height) // (2 * height)), most_high
         if self.resize is None:
             return width, height
         if not isinstance(self.resize, int):
@@ -291,7 +318,7 @@ def _resampling(view: View) -> Image.Resampling:
 def _resize(rgb: Image.Image, view: View, limits: DecodeLimits) -> Image.Image:
     """Resize as torchvision does. Of a picture that would exceed ``max_pixels``, only the part that the crop keeps."""
     width, height = view.target(*rgb.size)
-    if view.resize is None or width * height <= limits.max_pixels:
+    if (view.resize is None and view.fit is None) or width * height <= limits.max_pixels:
         return rgb if (width, height) == rgb.size else rgb.resize((width, height), _resampling(view))
     if view.crop is None:
         size = f"{rgb.width} x {rgb.height}"
@@ -304,7 +331,13 @@ def _resize(rgb: Image.Image, view: View, limits: DecodeLimits) -> Image.Image:
 
 
 def _crop(picture: Image.Image, view: View) -> Image.Image:
-    """Centre crop as torchvision's ``center_crop``: padded with 0, then offsets rounded half to even."""
+    """Centre crop as torchvision's ``center_crop``: padded with 0, then offsets rounded half to even. Or ``fit``."""
+    if view.fit is not None:
+        if picture.size == (view.fit[1], view.fit[0]):
+            return picture
+        canvas = Image.new("RGB", (view.fit[1], view.fit[0]), view.fill)
+        canvas.paste(picture, (0, 0))
+        return canvas
     if view.crop is None:
         return picture
     height, width = view.crop

@@ -23,6 +23,7 @@ import torchvision.models
 from winnow.config import TaskConfig
 from winnow.errors import CallError, JobError
 from winnow.models.loading import load, load_network, obtain_weights
+from winnow.models.networks import state_of
 from winnow.models.references import ResolvedModel, resolve
 
 WEIGHTS = "mobilenet_v2-b0353104.pth"
@@ -68,9 +69,11 @@ def closed_port() -> int:
 
 def test_published_weights_load_as_torchvision_loads_them(torch_home: Path, mobilenet: ResolvedModel) -> None:
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-    state = load_network(mobilenet).state_dict()
+    state = {key.split(".", 1)[1]: value for key, value in state_of(load_network(mobilenet)).items()}
     assert os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD") == before
     expected = torch.load(torch_home / "hub" / "checkpoints" / WEIGHTS, weights_only=True)
+    state |= {f"classifier.1.{key}": state.pop(key) for key in ("weight", "bias")}  # the head
+    assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], value) for key, value in expected.items())
 
 
@@ -91,7 +94,7 @@ def test_weights_are_downloaded_once_and_checked(
     assert obtain_weights(local) == empty_home / WEIGHTS
     (folder / WEIGHTS).unlink()
     assert obtain_weights(local) == empty_home / WEIGHTS
-    assert load(local).predict(np.zeros((1, 224, 224, 3), dtype=np.uint8)).shape == (1, 1000)
+    assert load(local).predict(np.zeros((1, 224, 224, 3), dtype=np.uint8))[local.id].shape == (1, 1000)
 
 
 def test_damaged_download_leaves_nothing_behind(
@@ -140,9 +143,11 @@ def test_checkpoint_from_a_url_answers_as_its_network(tmp_path: Path) -> None:
     mean, std = torch.tensor(model.mean), torch.tensor(model.std)
     with torch.inference_mode():
         expected = network(((torch.from_numpy(images) / 255 - mean) / std).permute(0, 3, 1, 2)).numpy()
-    np.testing.assert_allclose(load(model, fetch=lambda _: content).logits(images), expected, atol=1e-4)
+    np.testing.assert_allclose(load(model, fetch=lambda _: content).outputs(images)[model.id], expected, atol=1e-4)
     (tmp_path / "copy").write_bytes(content)
-    np.testing.assert_allclose(load(model, fetch=lambda _: tmp_path / "copy").logits(images), expected, atol=1e-4)
+    np.testing.assert_allclose(
+        load(model, fetch=lambda _: tmp_path / "copy").outputs(images)[model.id], expected, atol=1e-4
+    )
     with pytest.raises(JobError, match="has changed"):
         load(model, fetch=lambda _: content + b" ")
     with pytest.raises(CallError, match="nothing here reads URLs"):

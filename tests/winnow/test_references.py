@@ -139,7 +139,7 @@ def test_timm_model_outside_the_hub_resolves_without_a_network() -> None:
         ({"model": "torchvision/mobilnet_v2"}, "did you mean mobilenet_v2"),
         ({"model": "torchvision/mobilenet_v2@V9"}, "choose IMAGENET1K_V1, IMAGENET1K_V2"),
         ({"model": "torchvision/"}, "torchvision/NAME"),
-        ({"model": "torchvision/fcn_resnet50"}, "not an image classifier"),
+        ({"model": "torchvision/fcn_resnet50"}, "answers with masks"),
         ({"model": "torchvision/fasterrcnn_resnet50_fpn"}, "not an image classifier"),
         ({"model": "torchvision/r3d_18"}, "not an image classifier"),
         ({"model": "torchvision/vgg16@IMAGENET1K_FEATURES"}, "not a classifier"),
@@ -402,7 +402,7 @@ from winnow.models.loading import load
 from winnow.models.references import resolve
 model = resolve(TaskConfig(model="timm/mobilenetv3_small_050"), base_dir=Path())
 images = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
-np.save(sys.argv[1], load(model).logits(images))
+np.save(sys.argv[1], load(model).outputs(images)[model.id])
 print(model.to_json())
 try:
     resolve(TaskConfig(model="timm/resnet50.a1_in1k"), base_dir=Path())

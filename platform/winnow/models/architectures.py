@@ -20,6 +20,8 @@ from winnow.images import Interpolation, View
 if TYPE_CHECKING:
     from torch import nn
 
+    from winnow.models.networks import Segmenter
+
 Triple = tuple[float, float, float]
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
@@ -66,7 +68,7 @@ class Preset:
 
 
 def find_preset(reference: str) -> Preset:
-    """The preset of a reference; the library's default weights where none are named.
+    """The preset of a reference to a classifier; the library's default weights where none are named.
 
     Raises:
         CallError: no such model or weights, or the model is not an image classifier.
@@ -79,8 +81,66 @@ def find_preset(reference: str) -> Preset:
     raise CallError(f"architecture {reference!r} is unknown; write torchvision/NAME or timm/NAME")
 
 
+def is_segmenter(reference: str) -> bool:
+    """True for a reference to one of torchvision's segmentation networks."""
+    library, _, name = reference.partition("/")
+    return library == "torchvision" and _split_weights(name)[0] in _segmenters()
+
+
+def segmentation_view(mean: Triple, size: int) -> View:
+    """Images fitted into a square; what they leave free has the mean colour, which is 0 after normalisation."""
+    red, green, blue = (round(255 * value) for value in mean)
+    return View(fit=(size, size), fill=(red, green, blue))
+
+
+def find_segmentation_preset(reference: str, size: int | None) -> Preset:
+    """The preset of one of torchvision's segmentation networks.
+
+    Args:
+        reference: ``torchvision/NAME[@WEIGHTS]``.
+        size: side of the square that images are fitted into; that of torchvision's own transform by default.
+
+    Raises:
+        CallError: no such network or weights.
+    """
+    import torchvision.models
+    from torchvision.transforms._presets import SemanticSegmentation
+
+    name, weights = _split_weights(reference.partition("/")[2])
+    if not is_segmenter(reference):
+        raise CallError(f"{reference!r} is no segmentation network of torchvision; choose {', '.join(_segmenters())}")
+    member = _weights_member(torchvision.models, name, weights)
+    transforms = member.transforms()
+    assert isinstance(transforms, SemanticSegmentation), type(transforms)
+    classes = tuple(member.meta["categories"])
+    found = _HASHED_NAME.search(member.url.rsplit("/", 1)[-1])
+    mean = _triple(transforms.mean)
+    return Preset(
+        architecture=f"torchvision/{name}",
+        weights=member.name,
+        url=member.url,
+        hub_id="",
+        sha256=found.group(1) if found else "",
+        num_classes=len(classes),
+        classes=classes,
+        view=segmentation_view(mean, size or int(transforms.resize_size[0])),
+        mean=mean,
+        std=_triple(transforms.std),
+    )
+
+
+def build_segmenter(architecture: str, num_classes: int) -> Segmenter:
+    """One of torchvision's segmentation networks without weights, with that many classes."""
+    from torchvision.models import get_model
+
+    from winnow.models.networks import Segmenter
+
+    name = architecture.partition("/")[2]
+    return Segmenter(get_model(name, weights=None, weights_backbone=None, num_classes=num_classes))
+
+
 def build(architecture: str, num_classes: int) -> nn.Module:
-    """The network without weights, with that many outputs.
+    """The classifier without weights, with that many outputs.
 
     Raises:
         CallError: the architecture cannot be built so.
@@ -90,15 +150,24 @@ def build(architecture: str, num_classes: int) -> nn.Module:
         timm = _import_timm()
         network: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes)
         return network
-    if name in _DOUBLY_NORMALISED:
-        raise CallError(
-            f"a checkpoint of {architecture} cannot be used: whether its inputs are normalised a second time is not "
-            f"part of a state dict; use the reference {architecture} itself, or timm/inception_v3"
-        )
+    check_buildable(architecture)
     from torchvision.models import get_model
 
     built: nn.Module = get_model(name, weights=None, num_classes=num_classes)
     return built
+
+
+def check_buildable(architecture: str) -> None:
+    """Refuse architectures whose networks cannot be made from a state dict.
+
+    Raises:
+        CallError: it is one of these.
+    """
+    if architecture.removeprefix("torchvision/") in _DOUBLY_NORMALISED:
+        raise CallError(
+            f"a checkpoint of {architecture} cannot be used: whether its inputs are normalised a second time is not "
+            f"part of a state dict; use the reference {architecture} itself, or timm/inception_v3"
+        )
 
 
 # --------------------------------------------------------------------------------------------------------- torchvision
@@ -122,18 +191,14 @@ def _torchvision_preset(name: str, weights: str) -> Preset:
 
     classifiers = torchvision.models.list_models(module=torchvision.models)
     if name not in classifiers:
+        if name in _segmenters():
+            raise CallError(f'torchvision/{name} answers with masks; give the task kind = "segmentation"')
         if name in torchvision.models.list_models():
             raise CallError(
                 f"torchvision/{name} is not an image classifier that Winnow runs{_suggest(name, classifiers)}"
             )
         raise CallError(f"torchvision has no classifier named {name!r}{_suggest(name, classifiers)}")
-    known = torchvision.models.get_model_weights(name)
-    if weights not in known.__members__:
-        raise CallError(
-            f"torchvision/{name} has no weights named {weights!r}; choose {', '.join(w.name for w in known)} or leave "
-            "@WEIGHTS out for the default"
-        )
-    member = known[weights]
+    member = _weights_member(torchvision.models, name, weights)
     transforms = member.transforms()
     if not isinstance(transforms, ImageClassification):
         raise CallError(
@@ -157,6 +222,23 @@ def _torchvision_preset(name: str, weights: str) -> Preset:
         mean=_triple(transforms.mean),
         std=_triple(transforms.std),
     )
+
+
+def _weights_member(models: Any, name: str, weights: str) -> Any:
+    known = models.get_model_weights(name)
+    if weights not in known.__members__:
+        raise CallError(
+            f"torchvision/{name} has no weights named {weights!r}; choose {', '.join(w.name for w in known)} or leave "
+            "@WEIGHTS out for the default"
+        )
+    return known[weights]
+
+
+def _segmenters() -> list[str]:
+    import torchvision.models
+
+    names: list[str] = torchvision.models.list_models(module=torchvision.models.segmentation)
+    return names
 
 
 def _square(size: Sequence[int]) -> int | tuple[int, int]:

@@ -87,6 +87,11 @@ def check_state_dict(network: nn.Module, state: Mapping[str, Tensor], name: str,
     raise CallError(f"{name} does not fit the architecture: {'. '.join(faults)}. Check architecture and classes")
 
 
+def is_two_parts(state: Mapping[str, Any]) -> bool:
+    """True for the weights of a trained version: every key begins with ``backbone.`` or ``head.``, and both occur."""
+    return {key.partition(".")[0] for key in state} == {"backbone", "head"}
+
+
 def _read_safetensors(source: Path | bytes, name: str) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load, load_file

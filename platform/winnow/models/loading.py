@@ -10,20 +10,22 @@ import logging
 import os
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from winnow.config import Precision
 from winnow.errors import JobError
-from winnow.models.architectures import build, torchvision_weights
-from winnow.models.checkpoints import check_state_dict, read_state_dict, sha256_of
-from winnow.models.classifiers import Classifier
+from winnow.models.architectures import find_preset, torchvision_weights
+from winnow.models.checkpoints import read_state_dict, sha256_of
 from winnow.models.downloads import hub_file, torch_hub_file
 from winnow.models.references import Fetch, ResolvedModel, read_checkpoint
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from winnow.models.networks import Network
+    from winnow.models.predictors import Predictor
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +33,24 @@ _HUB_LOCATION = re.compile(r"hf://(?P<repo>[^@]+)@(?P<commit>[^/]+)/(?P<file>.+)
 
 
 def load(
-    resolved: ResolvedModel, *, device: str = "cpu", precision: Precision = "auto", fetch: Fetch | None = None
-) -> Classifier:
-    """The model, ready to answer on a device.
+    model: ResolvedModel, *, device: str = "cpu", precision: Precision = "auto", fetch: Fetch | None = None
+) -> Predictor:
+    """One model, ready to answer on a device; its name in the predictor is its id. See ``load_all``."""
+    (predictor,) = load_all({model.id: model}, device=device, precision=precision, fetch=fetch)
+    return predictor
+
+
+def load_all(
+    models: Mapping[str, ResolvedModel],
+    *,
+    device: str = "cpu",
+    precision: Precision = "auto",
+    fetch: Fetch | None = None,
+) -> list[Predictor]:
+    """Models by name, ready to answer on a device; those that see the same pixels through one backbone share it.
 
     Args:
-        resolved: what ``resolve`` found.
+        models: what ``resolve`` found, by name.
         device: as torch names it: ``cpu``, ``cuda``, ``cuda:1``.
         precision: of the arithmetic; ``auto`` is float32.
         fetch: reads checkpoints given by URL.
@@ -45,29 +59,34 @@ def load(
         CallError: the device or precision is not available here, or a checkpoint cannot be used.
         JobError: the weights cannot be had, or are not those that were resolved.
     """
-    return Classifier(load_network(resolved, fetch=fetch), resolved, device=device, precision=precision)
+    from winnow.models.predictors import predictors_of
+
+    loaded = {name: (model, load_network(model, fetch=fetch)) for name, model in models.items()}
+    return predictors_of(loaded, device=device, precision=precision)
 
 
-def load_network(resolved: ResolvedModel, *, fetch: Fetch | None = None) -> nn.Module:
+def load_network(resolved: ResolvedModel, *, fetch: Fetch | None = None) -> Network:
     """The plain float32 network with its weights, on the CPU, in evaluation mode.
 
     Raises:
         CallError: a checkpoint cannot be used.
         JobError: the weights cannot be had, or are not those that were resolved.
     """
+    from winnow.models.assembly import assemble, take_apart
+    from winnow.models.networks import Network, Segmenter
+
     weights = obtain_weights(resolved, fetch=fetch)
-    if resolved.source == "checkpoint":
-        state = read_state_dict(weights, resolved.weights)
-        network = build(resolved.architecture, len(resolved.classes))
-        check_state_dict(network, state, resolved.weights, len(resolved.classes))
-        network.load_state_dict(state, strict=False)
-        return network.eval()
+    if resolved.source in ("checkpoint", "registry"):
+        return assemble(resolved, read_state_dict(weights, resolved.weights))
     assert isinstance(weights, Path)
     try:
         with _weights_only():
-            return _load_published(resolved, weights).eval()
+            network = _load_published(resolved, weights).eval()
     except (RuntimeError, pickle.UnpicklingError, KeyError, OSError) as error:
         raise JobError(f"{weights} does not hold the weights of {resolved.id}: {error}") from None
+    if resolved.output == "masks":
+        return Network(Segmenter(network)).eval()
+    return take_apart(network, resolved, find_preset(resolved.id).num_classes)
 
 
 def obtain_weights(resolved: ResolvedModel, *, fetch: Fetch | None = None) -> Path | bytes:
@@ -78,7 +97,7 @@ def obtain_weights(resolved: ResolvedModel, *, fetch: Fetch | None = None) -> Pa
         JobError: the file cannot be downloaded, is damaged, or has changed since it was resolved.
     """
     weights: Path | bytes
-    if resolved.source == "checkpoint":
+    if resolved.source in ("checkpoint", "registry"):
         weights = read_checkpoint(resolved.location, fetch)
     elif hub := _HUB_LOCATION.fullmatch(resolved.location):
         weights = hub_file(hub["repo"], hub["file"], hub["commit"], resolved.id)
@@ -101,6 +120,8 @@ def _load_published(resolved: ResolvedModel, path: Path) -> nn.Module:
         from torchvision.models import get_model
 
         network = get_model(name, weights=torchvision_weights(name, resolved.weights), progress=False)
+        if resolved.output == "masks":
+            setattr(network, "aux_classifier", None)  # noqa: B010  only training needs it
         return network
     import timm
 

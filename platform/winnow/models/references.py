@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -15,14 +16,22 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-from winnow.config import TaskConfig
+from winnow.config import Kind, TaskConfig
 from winnow.errors import CallError, ImageError
 from winnow.images import View
-from winnow.models.architectures import Preset, Triple, build, find_preset
-from winnow.models.checkpoints import SUFFIXES, check_state_dict, read_state_dict, sha256_of
+from winnow.models.architectures import (
+    Preset,
+    Triple,
+    check_buildable,
+    find_preset,
+    find_segmentation_preset,
+    is_segmenter,
+    segmentation_view,
+)
+from winnow.models.checkpoints import SUFFIXES, is_two_parts, read_state_dict, sha256_of
 from winnow.models.downloads import hub_file
 
 logger = logging.getLogger(__name__)
@@ -30,7 +39,15 @@ logger = logging.getLogger(__name__)
 Fetch = Callable[[str], "bytes | Path"]
 """Reads a URL: its bytes, or a local file that holds them."""
 
-_CACHE_FORMAT = 1
+Output = Literal["logits", "features", "masks", "maps"]
+
+OUTPUTS: dict[Kind, Output] = {"classification": "logits", "segmentation": "masks", "embedding": "features"}
+"""What a model of each kind of task gives."""
+
+PYRAMID_SIZE = 512
+"""Side of the square into which images are fitted for masks made from feature maps, unless the task says another."""
+
+_CACHE_FORMAT = 2
 """Raised when what a reference resolves to changes its meaning; older cache files are then ignored."""
 
 _SECRET_QUERY = re.compile(r"(?i)(sig|signature|token|key|credential|password)[^=&]*=")
@@ -43,14 +60,17 @@ class ResolvedModel:
     Attributes:
         id: value of the column ``model``: ``torchvision/NAME@WEIGHTS``, ``timm/NAME.TAG``, or ``FILE#HASH`` with the
             first 12 digits of a checkpoint's SHA-256.
-        source: ``torchvision``, ``timm`` or ``checkpoint``.
+        source: ``torchvision``, ``timm``, ``checkpoint``, or ``registry`` for a trained version.
         architecture: ``torchvision/NAME`` or ``timm/NAME``.
         weights: name of torchvision's weights, timm's tag, or the checkpoint's file name.
         location: URL, ``hf://REPOSITORY@COMMIT/FILE``, or absolute path of a checkpoint.
         sha256: of the weights file, hex; torchvision publishes the first digits only.
-        classes: names of the outputs, distinct, in order.
+        classes: names of the outputs, distinct, in order; empty for features and maps.
         view: which pixels the network sees.
         mean, std: normalisation of pixels in [0, 1], by channel R, G, B.
+        output: ``logits`` of an image, its ``features``, ``masks``; or ``maps``, which only training starts from.
+        head: of a file of two parts, backbone and head: ``linear`` or ``pyramid``; empty for a whole network.
+        temperature: by which logits are divided before softmax (Guo et al. 2017).
     """
 
     id: str
@@ -63,6 +83,9 @@ class ResolvedModel:
     view: View
     mean: Triple
     std: Triple
+    output: Output = "logits"
+    head: str = ""
+    temperature: float = 1.0
 
     def to_json(self) -> str:
         """One line of JSON that ``from_json`` reads."""
@@ -77,19 +100,13 @@ class ResolvedModel:
         """
         data = json.loads(text)
         try:
-            view = data.pop("view")
-            resize, crop = view["resize"], view["crop"]
             return cls(
                 **{
                     **data,
                     "classes": tuple(data["classes"]),
                     "mean": tuple(data["mean"]),
                     "std": tuple(data["std"]),
-                    "view": View(
-                        resize=tuple(resize) if isinstance(resize, list) else resize,
-                        crop=tuple(crop) if crop is not None else None,
-                        interpolation=view["interpolation"],
-                    ),
+                    "view": View.from_dict(data["view"]),
                 }
             )
         except (KeyError, TypeError, AttributeError) as error:
@@ -112,17 +129,72 @@ def resolve(task: TaskConfig, *, base_dir: Path, fetch: Fetch | None = None) -> 
             not fit; a wrong number of classes. The message says what is valid.
         JobError: weights have to be downloaded and cannot be.
     """
-    library = task.model.partition("/")[0]
-    if library not in ("torchvision", "timm"):
+    preset = _published_preset(task)
+    if preset is None:
         return _resolve_checkpoint(task, base_dir, fetch)
-    if task.architecture is not None:
-        raise CallError(f"architecture = {task.architecture!r} is for checkpoints only; {task.model!r} says it already")
-    preset = find_preset(task.model)
+    if task.kind == "embedding":
+        _check_no_classes(task)
+        return _resolved(preset, "features", ())
     if preset.num_classes == 0:
         raise CallError(f"{preset.reference} is not a classifier: its weights have no classes; choose another model")
+    if task.kind == "segmentation":
+        return _resolved(preset, "masks", _classes(preset, task))
+    return _resolved(preset, "logits", _classes(preset, task))
+
+
+def resolve_backbone(task: TaskConfig, *, base_dir: Path, fetch: Fetch | None = None) -> ResolvedModel:
+    """What training a head on frozen features starts from: the task's model without its own head.
+
+    Features of an image for classification, maps of features for segmentation. A checkpoint needs its architecture;
+    its classes do not count.
+
+    Raises:
+        CallError, JobError: as ``resolve``; or the model is a segmentation network, which has no features of its own.
+    """
+    if is_segmenter(task.model) or is_segmenter(task.architecture or ""):
+        raise CallError(
+            f"{task.model} is a whole segmentation network; a head is trained on the features of a classifier such as "
+            "torchvision/mobilenet_v2 or timm/resnet18"
+        )
+    plain = task.model_copy(update={"kind": "embedding", "classes": None, "size": None})
+    found = resolve(plain, base_dir=base_dir, fetch=fetch)
+    if task.kind != "segmentation":
+        return found
+    view = segmentation_view(found.mean, task.size or PYRAMID_SIZE)
+    return dataclasses.replace(found, output="maps", view=view)
+
+
+def _published_preset(task: TaskConfig) -> Preset | None:
+    """Weights that a library publishes; None for a checkpoint.
+
+    Raises:
+        CallError: no such model, or not one for this kind of task.
+    """
+    if task.kind != "segmentation" and task.size is not None:
+        raise CallError(
+            f"size = {task.size} is for segmentation only; a {task.kind} model sees the size of its weights"
+        )
+    if task.model.partition("/")[0] not in ("torchvision", "timm"):
+        return None
+    if task.architecture is not None:
+        raise CallError(f"architecture = {task.architecture!r} is for checkpoints only; {task.model!r} says it already")
+    if task.kind == "segmentation":
+        if is_segmenter(task.model):
+            preset = find_segmentation_preset(task.model, task.size)
+        else:
+            reference = find_preset(task.model).reference
+            raise CallError(
+                f"{reference} has no decoder for masks yet; train one with `winnow train TASK --head` and promote it, "
+                "or choose a segmentation network such as torchvision/lraspp_mobilenet_v3_large"
+            )
+    else:
+        preset = find_preset(task.model)
     if not (preset.url or preset.hub_id):
         raise CallError(f"{preset.reference} has no published weights; give a checkpoint, and this as its architecture")
-    classes = _classes(preset, task)
+    return preset
+
+
+def _resolved(preset: Preset, output: Output, classes: tuple[str, ...]) -> ResolvedModel:
     location, sha256 = preset.url, preset.sha256
     if preset.hub_id:
         path = hub_file(preset.hub_id, "", "", preset.reference)
@@ -130,7 +202,7 @@ def resolve(task: TaskConfig, *, base_dir: Path, fetch: Fetch | None = None) -> 
         location, sha256 = f"hf://{preset.hub_id}@{commit}/{path.name}", sha256_of(path)
     return ResolvedModel(
         id=preset.reference,
-        source=library,
+        source=preset.architecture.partition("/")[0],
         architecture=preset.architecture,
         weights=preset.weights,
         location=location,
@@ -139,7 +211,13 @@ def resolve(task: TaskConfig, *, base_dir: Path, fetch: Fetch | None = None) -> 
         view=preset.view,
         mean=preset.mean,
         std=preset.std,
+        output=output,
     )
+
+
+def _check_no_classes(task: TaskConfig) -> None:
+    if task.classes is not None:
+        raise CallError("an embedding has no classes; leave them out")
 
 
 def _classes(preset: Preset, task: TaskConfig) -> tuple[str, ...]:
@@ -151,7 +229,7 @@ def _classes(preset: Preset, task: TaskConfig) -> tuple[str, ...]:
     if len(task.classes) != preset.num_classes:
         raise CallError(
             f"{len(task.classes)} classes are given, but {preset.reference} has {preset.num_classes} outputs; give as "
-            "many names, or leave classes out"
+            "many names, leave classes out, or train a head for your classes with `winnow train TASK --head`"
         )
     return task.classes
 
@@ -161,30 +239,49 @@ def _classes(preset: Preset, task: TaskConfig) -> tuple[str, ...]:
 
 def _resolve_checkpoint(task: TaskConfig, base_dir: Path, fetch: Fetch | None) -> ResolvedModel:
     location, name = checkpoint_location(task.model, base_dir)
-    if task.architecture is None or task.classes is None:
-        lacking = [key for key in ("architecture", "classes") if getattr(task, key) is None]
+    needed = ("architecture",) if task.kind == "embedding" else ("architecture", "classes")
+    lacking = [key for key in needed if getattr(task, key) is None]
+    if task.architecture is None or lacking:
+        meaning = {
+            "architecture": "architecture (torchvision/NAME or timm/NAME)",
+            "classes": "classes (names in the order of its outputs)",
+        }
         raise CallError(
-            f"the checkpoint {task.model!r} lacks {' and '.join(lacking)}; give architecture (torchvision/NAME or "
-            "timm/NAME) and classes (names in the order of its outputs)"
+            f"the checkpoint {task.model!r} lacks {' and '.join(lacking)}; give "
+            f"{' and '.join(meaning[key] for key in lacking)}"
         )
-    preset = find_preset(task.architecture)
-    network = build(preset.architecture, len(task.classes))
+    if task.kind == "embedding":
+        _check_no_classes(task)
+    whole = task.kind == "segmentation" and is_segmenter(task.architecture)
+    preset = find_segmentation_preset(task.architecture, task.size) if whole else find_preset(task.architecture)
+    check_buildable(preset.architecture)
     source = read_checkpoint(location, fetch)
     state = read_state_dict(source, name)
-    check_state_dict(network, state, name, len(task.classes))
+    head = ""
+    view = preset.view
+    if is_two_parts(state):
+        head = "pyramid" if task.kind == "segmentation" else "linear"
+        if task.kind == "segmentation":
+            view = segmentation_view(preset.mean, task.size or PYRAMID_SIZE)
     sha256 = sha256_of(source)
-    return ResolvedModel(
+    resolved = ResolvedModel(
         id=f"{name}#{sha256[:12]}",
         source="checkpoint",
         architecture=preset.architecture,
         weights=name,
         location=location,
         sha256=sha256,
-        classes=task.classes,
-        view=preset.view,
+        classes=task.classes or (),
+        view=view,
         mean=preset.mean,
         std=preset.std,
+        output=OUTPUTS[task.kind],
+        head=head,
     )
+    from winnow.models.assembly import assemble
+
+    assemble(resolved, state)  # raises when they do not fit
+    return resolved
 
 
 def checkpoint_location(model: str, base_dir: Path) -> tuple[str, str]:
@@ -259,8 +356,10 @@ def resolve_cached(
     key = [
         _CACHE_FORMAT,
         task.model,
+        task.kind,
         task.architecture,
         task.classes,
+        task.size,
         _installed("torchvision"),
         _installed("timm"),
         stamp,
