@@ -8,38 +8,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import skimage.data
-import sklearn.datasets
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import nn
 from torchvision.models import MobileNet_V2_Weights
 
+from photographs import LIMITS, packaged_photographs
 from winnow.config import TaskConfig
 from winnow.errors import CallError
-from winnow.images import DecodeLimits, View, decode
+from winnow.images import View, decode
 from winnow.models.loading import load, load_network
 from winnow.models.predictors import FUSION_TOLERANCE, Predictor, choose_precision, fuse, has_native_bfloat16
 from winnow.models.references import ResolvedModel, resolve
 from winnow.uncertainty import is_answered, margin, softmax
 
-LIMITS = DecodeLimits(max_bytes=50_000_000, max_pixels=50_000_000, timeout_s=20.0)
 NUM_TEST_PHOTOGRAPHS = 60
 LOGITS_TOLERANCE = 1e-3
 """Largest difference of logits, which here reach 30; measured: below 1e-4."""
-
-
-def packaged_photographs() -> dict[str, bytes]:
-    """Photographs that ship inside PyPI packages, as files."""
-    arrays = {name: getattr(skimage.data, name)() for name in ("astronaut", "chelsea", "coffee", "rocket", "camera")}
-    arrays |= {name: sklearn.datasets.load_sample_image(f"{name}.jpg") for name in ("china", "flower")}
-    files = {}
-    for name, array in arrays.items():
-        stream = io.BytesIO()
-        Image.fromarray(array).save(stream, "JPEG" if name in ("china", "flower", "rocket") else "PNG", quality=92)
-        files[name] = stream.getvalue()
-    return files
 
 
 @pytest.fixture(autouse=True)

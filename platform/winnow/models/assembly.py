@@ -90,7 +90,10 @@ def _two_parts(model: ResolvedModel, state: Mapping[str, Tensor], size: tuple[in
 
 def _load(network: nn.Module, state: Mapping[str, Tensor], name: str, num_classes: int) -> None:
     check_state_dict(network, state, name, num_classes)
-    network.load_state_dict(state, strict=False)
+    try:
+        network.load_state_dict(state, strict=False)
+    except ValueError as error:  # MNASNet wants to know which version of itself was saved, which no state dict says
+        raise CallError(f"{name} cannot be loaded: {error}; choose another architecture") from None
 
 
 def _num_outputs(architecture: str, state: Mapping[str, Tensor]) -> int:
@@ -98,4 +101,6 @@ def _num_outputs(architecture: str, state: Mapping[str, Tensor]) -> int:
     num_known = find_preset(architecture).num_classes or 1000
     name = classifier_name(build(architecture, num_known), num_known)
     weight = state.get(f"{name}.weight")
-    return int(weight.shape[0]) if weight is not None and weight.ndim == 2 else num_known
+    if weight is not None and weight.ndim == 2:
+        return int(weight.shape[0])
+    return 0 if architecture.startswith("timm/") and name is not None else num_known  # a tower without a classifier
