@@ -50,7 +50,7 @@ def _distinct() -> Colours:
     levels = np.linspace(0, 255, 12).round().astype(np.uint8)
     grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
     lightness = _lab(grid)[:, 0]
-    candidates = grid[(lightness > 25) & (lightness < 92)]
+    candidates = grid[(lightness > 45) & (lightness < 92)]  # darker ones would look black as a tint
     lab = _lab(candidates)
     chosen = [np.array(colour, dtype=np.uint8) for colour in _OKABE_ITO]
     taken = _lab(np.array([*_TAKEN, *_OKABE_ITO], dtype=np.uint8))
