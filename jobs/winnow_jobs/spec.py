@@ -56,6 +56,11 @@ class PredictSpec:
         """The distinct views of all models, in the order of ``TaskSpec.view_index``."""
         return distinct_views([task.model for task in self.tasks.values()])
 
+    @property
+    def fingerprints(self) -> bool:
+        """Images get hashes of their pixels: what ``winnow duplicates`` wants beside embeddings."""
+        return any(task.kind == "embedding" for task in self.tasks.values())
+
     def limits(self) -> DecodeLimits:
         return DecodeLimits(max_bytes=self.max_bytes, max_pixels=self.max_pixels, timeout_s=self.image_timeout_s)
 

@@ -10,7 +10,7 @@ Columns between the stages::
     asked      int64        bit i is set when the i-th task (by name) asks this image
     image_id   string
     stage, error, message   set when the image failed
-    sha256, num_bytes, format, width, height    what is known of the source
+    sha256, num_bytes, format, width, height, pixel_hash, phash     what is known of the source
     fetch_s, decode_s       seconds: waiting for storage; CPU of decoding
     pixels_<i>              uint8[H·W·3], one per distinct view; dropped by infer
     answer_<task>           one value of ``winnow.answers``, null when failed; added by infer
@@ -68,9 +68,15 @@ _META: tuple[tuple[str, pa.DataType], ...] = (
     ("format", pa.string()),
     ("width", pa.int32()),
     ("height", pa.int32()),
+    ("pixel_hash", pa.string()),
+    ("phash", pa.string()),
     ("fetch_s", pa.float64()),
     ("decode_s", pa.float64()),
 )
+
+
+_SOURCE = ("sha256", "num_bytes", "format", "width", "height", "pixel_hash", "phash")
+"""Columns of ``outcomes`` that describe the source."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,11 @@ class FetchDecode:
         self._stores = stores
         self._report = report
         self._decoders = DecoderPool(
-            num_decoders, limits=spec.limits(), views=spec.views(), scaled=spec.scaled_decoding
+            num_decoders,
+            limits=spec.limits(),
+            views=spec.views(),
+            scaled=spec.scaled_decoding,
+            fingerprints=spec.fingerprints,
         )
         # Shared by the chunks that are under way at once.
         self._slots = asyncio.Semaphore(spec.fetch_concurrency)
@@ -162,7 +172,7 @@ class FetchDecode:
             assert decoded.error is not None
             return _Answered(meta | _failure(decoded.error), None)
         image = decoded.image
-        meta |= {"format": image.format, "width": image.width, "height": image.height}
+        meta |= {name: getattr(image, name) for name in ("format", "width", "height", "pixel_hash", "phash")}
         return _Answered(meta, image.views)
 
     def _table(self, batch: Sequence[_Answered]) -> pa.Table:
@@ -351,7 +361,7 @@ class BatchWriter:
                 "error": kinds,
                 "message": either("message", error.message),
                 "retryable": pa.array(retryable, type=pa.bool_()),
-                **{name: table[name] for name in ("sha256", "num_bytes", "format", "width", "height")},
+                **{name: table[name] for name in _SOURCE},
             }
         )
         return self._keyed(rows, table["image_id"], task, now)

@@ -55,7 +55,9 @@ def main(arguments: Sequence[str]) -> None:
             signal.setitimer(signal.ITIMER_REAL, limits.timeout_s + 10.0)
             started = time.process_time()
             sha256 = hashlib.sha256(data).hexdigest()
-            outcome = attempt(data, limits=limits, views=views, scaled=settings["scaled"])
+            outcome = attempt(
+                data, limits=limits, views=views, scaled=settings["scaled"], fingerprints=settings["fingerprints"]
+            )
             _reply(connection, sha256, time.process_time() - started, outcome)
             signal.setitimer(signal.ITIMER_REAL, 0.0)
             del data, outcome
@@ -73,6 +75,8 @@ def _reply(connection: socket.socket, sha256: str, decode_s: float, outcome: Att
             "width": image.width,
             "height": image.height,
             "format": image.format,
+            "pixel_hash": image.pixel_hash,
+            "phash": image.phash,
             "warnings": [warning[:300] for warning in image.warnings[:20]],
             "views": [view.shape[:2] for view in image.views],
         },

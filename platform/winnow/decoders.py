@@ -69,7 +69,13 @@ class DecoderPool:
     """
 
     def __init__(
-        self, num_processes: int, *, limits: DecodeLimits, views: Sequence[View] = (), scaled: bool = False
+        self,
+        num_processes: int,
+        *,
+        limits: DecodeLimits,
+        views: Sequence[View] = (),
+        scaled: bool = False,
+        fingerprints: bool = False,
     ) -> None:
         if num_processes < 1:
             raise ValueError(f"num_processes is {num_processes}; it must be at least 1")
@@ -77,7 +83,7 @@ class DecoderPool:
         self._queue: queue.SimpleQueue[tuple[bytes, Future[Decoded]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
-        self._children = [_Child(limits, tuple(views), scaled) for _ in range(num_processes)]
+        self._children = [_Child(limits, tuple(views), scaled, fingerprints) for _ in range(num_processes)]
         self._threads = [
             threading.Thread(target=self._work, args=(child,), name=f"decoder-{number}", daemon=True)
             for number, child in enumerate(self._children)
@@ -164,10 +170,15 @@ class _ChildDiedError(Exception):
 class _Child:
     """One child process, used by one thread. Started again after its death."""
 
-    def __init__(self, limits: DecodeLimits, views: tuple[View, ...], scaled: bool) -> None:
+    def __init__(self, limits: DecodeLimits, views: tuple[View, ...], scaled: bool, fingerprints: bool) -> None:
         self._limits = limits
         self._views = views
-        settings = {"limits": asdict(limits), "views": [asdict(view) for view in views], "scaled": scaled}
+        settings = {
+            "limits": asdict(limits),
+            "views": [asdict(view) for view in views],
+            "scaled": scaled,
+            "fingerprints": fingerprints,
+        }
         self._settings = json.dumps(settings).encode() + b"\n"
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None

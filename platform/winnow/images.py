@@ -8,9 +8,10 @@ JPEG was scaled while decoding. Nothing here guards against a decoder that crash
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image, ImageFile
 
 from winnow.errors import DecodeError
 from winnow.image_formats import FAULTS, explain, open_image, pillow_guarded, sniff
+from winnow.perceptual_hash import perceptual_hash
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Pixels = NDArray[np.uint8]
@@ -35,6 +37,7 @@ _TRANSPOSE = {
 _SWAPPING = frozenset({5, 6, 7, 8})
 _ORIENTATION = 0x0112  # the EXIF and TIFF tag
 _BITS_PER_SAMPLE = 258  # the TIFF tag
+_HASHED_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,8 @@ class DecodedImage:
         format: Pillow's name of the format found in the bytes.
         views: one uint8 (H, W, 3) per view asked for, in their order; writable.
         warnings: what Pillow remarked, such as damaged metadata.
+        pixel_hash: of size and pixels, see ``pixel_hash``; None unless asked, and None when JPEG was scaled.
+        phash: 64-bit perceptual hash in hex, see ``winnow.perceptual_hash``; None unless asked.
     """
 
     width: int
@@ -141,6 +146,8 @@ class DecodedImage:
     format: str
     views: tuple[Pixels, ...]
     warnings: tuple[str, ...] = ()
+    pixel_hash: str | None = None
+    phash: str | None = None
 
 
 @dataclass(frozen=True)
@@ -174,7 +181,14 @@ def decode_rgb(data: bytes, limits: DecodeLimits) -> Pixels:
     return decode(data, limits=limits, views=(View(),), scaled=False).views[0]
 
 
-def attempt(data: bytes, *, limits: DecodeLimits, views: Sequence[View] = (), scaled: bool = False) -> Attempt:
+def attempt(
+    data: bytes,
+    *,
+    limits: DecodeLimits,
+    views: Sequence[View] = (),
+    scaled: bool = False,
+    fingerprints: bool = False,
+) -> Attempt:
     """Decode and never raise for what is wrong with an image.
 
     All pixels are decoded even without views, so that a truncated file is found. One image at a time per process:
@@ -185,6 +199,7 @@ def attempt(data: bytes, *, limits: DecodeLimits, views: Sequence[View] = (), sc
         limits: ``max_bytes`` and ``max_pixels`` count here.
         views: what to make of it.
         scaled: let JPEG decode at 1/2, 1/4 or 1/8 size while that is at least twice what every view needs.
+        fingerprints: also find ``pixel_hash`` and ``phash``.
     """
     header: Header | None = None
     with pillow_guarded() as remarks:
@@ -196,7 +211,7 @@ def attempt(data: bytes, *, limits: DecodeLimits, views: Sequence[View] = (), sc
                 width, height = height, width
             header = Header(width, height, image.format or "unknown")
             _check_pixels(width, height, limits)
-            return Attempt(header, _render(image, header, limits, views, scaled, remarks), None)
+            return Attempt(header, _render(image, header, limits, views, scaled, fingerprints, remarks), None)
         except DecodeError as error:
             return Attempt(header, None, error)
         except MemoryError:
@@ -241,6 +256,7 @@ def _render(
     limits: DecodeLimits,
     views: Sequence[View],
     scaled: bool,
+    fingerprints: bool,
     remarks: list[warnings.WarningMessage],
 ) -> DecodedImage:
     source = image.size
@@ -277,7 +293,22 @@ def _render(
             picture = _crop(_resize(rgb, view, limits), view)
         arrays.append(np.array(picture, dtype=np.uint8))
     said = {str(remark.message): None for remark in remarks if _means_something(remark)}
-    return DecodedImage(width, height, header.format, tuple(arrays), tuple(said))
+    decoded = DecodedImage(width, height, header.format, tuple(arrays), tuple(said))
+    if not fingerprints:
+        return decoded
+    if box is None:
+        return replace(decoded, pixel_hash=pixel_hash(rgb), phash=perceptual_hash(rgb))
+    rgb = rgb.crop((0, 0, round(box[2]), round(box[3])))
+    return replace(decoded, phash=perceptual_hash(rgb if method is None else rgb.transpose(method)))
+
+
+def pixel_hash(rgb: Image.Image) -> str:
+    """Hex BLAKE2b-128 of "WIDTHxHEIGHT" and the pixels, row by row: the same in every lossless format."""
+    digest = hashlib.blake2b(f"{rgb.width}x{rgb.height}".encode(), digest_size=16)
+    num_rows = max(1, _HASHED_BYTES // (3 * rgb.width))
+    for top in range(0, rgb.height, num_rows):  # in strips: a copy of all pixels could exceed a decoder's memory
+        digest.update(rgb.crop((0, top, rgb.width, min(top + num_rows, rgb.height))).tobytes())
+    return digest.hexdigest()
 
 
 def _means_something(remark: warnings.WarningMessage) -> bool:

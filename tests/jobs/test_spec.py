@@ -34,6 +34,13 @@ def test_a_model_is_its_content_wherever_the_file_lies() -> None:
     assert digest(dataclasses.replace(MODEL, location="/two/pets.safetensors")) == digest()
 
 
+def test_images_get_fingerprints_for_embeddings_only() -> None:
+    tasks = {"pets": ("classification", MODEL, False)}
+    assert not make_spec(PredictConfig(), tasks, batch_size=0, chunk_rows=0, fragment_rows=0, asked={}).fingerprints
+    tasks |= {"alike": ("embedding", MODEL, False)}
+    assert make_spec(PredictConfig(), tasks, batch_size=0, chunk_rows=0, fragment_rows=0, asked={}).fingerprints
+
+
 def test_whatever_changes_the_rows_is_another_run() -> None:
     others = [
         digest(store_probabilities=True),

@@ -20,7 +20,7 @@ from PIL import Image
 
 from winnow.decoders import Decoded, DecoderPool
 from winnow.errors import JobError
-from winnow.images import DecodeLimits, View, decode
+from winnow.images import DecodeLimits, View, attempt, decode
 
 LIMITS = DecodeLimits(max_bytes=20_000_000, max_pixels=20_000_000, timeout_s=60.0)
 VIEWS = (View(256, (224, 224)), View(64, (64, 48), "bicubic"))
@@ -119,6 +119,17 @@ def test_the_pool_answers_like_decode_from_many_threads() -> None:
         assert all(view.flags.writeable for view in decoded.image.views)
     assert len(pids) == 2
     wait_until_gone(pids)
+
+
+def test_fingerprints_arrive_from_the_child() -> None:
+    data = photograph()
+    with DecoderPool(1, limits=LIMITS, views=VIEWS, fingerprints=True) as pool:
+        decoded = pool.submit(data).result(WAIT_S)
+    expected = attempt(data, limits=LIMITS, views=VIEWS, fingerprints=True).image
+    assert decoded.image is not None
+    assert expected is not None
+    assert expected.pixel_hash is not None
+    assert (decoded.image.pixel_hash, decoded.image.phash) == (expected.pixel_hash, expected.phash)
 
 
 def test_a_failed_image_keeps_its_hash_and_header() -> None:

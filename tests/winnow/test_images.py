@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from winnow.errors import FAILURE_KINDS, DecodeError
-from winnow.images import DecodeLimits, View, attempt, decode, decode_rgb
+from winnow.images import DecodeLimits, View, attempt, decode, decode_rgb, pixel_hash
+from winnow.perceptual_hash import as_integers, hamming
 
 LIMITS = DecodeLimits(max_bytes=50_000_000, max_pixels=50_000_000, timeout_s=20.0)
 PHOTOGRAPHS: dict[str, Callable[[], Any]] = {
@@ -312,3 +314,54 @@ def test_pillows_globals_and_warnings_do_not_leak() -> None:
 def test_an_impossible_view_is_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"pixel|choose"):
         View(**arguments)
+
+
+# -------------------------------------------------------------------------------------------------------- fingerprints
+
+
+def fingerprints(data: bytes, *views: View, scaled: bool = False) -> tuple[str | None, str | None]:
+    image = attempt(data, limits=LIMITS, views=views, scaled=scaled, fingerprints=True).image
+    assert image is not None
+    return image.pixel_hash, image.phash
+
+
+def test_a_picture_has_one_pixel_hash_in_every_lossless_format() -> None:
+    image = photograph(size=(301, 97))
+    hashes = {fingerprints(encode(image, kind))[0] for kind in ("PNG", "BMP", "TIFF", "PPM")}
+    hashes.add(fingerprints(encode(image, "WEBP", lossless=True))[0])
+    expected_hash = hashlib.blake2b(b"301x97" + np.asarray(image).tobytes(), digest_size=16).hexdigest()
+    assert hashes == {expected_hash}
+    turned = image.transpose(Image.Transpose.ROTATE_90)
+    assert fingerprints(encode(turned, "PNG"))[0] != expected_hash
+
+
+def test_fingerprints_are_of_the_upright_picture() -> None:
+    image = photograph(size=(300, 200))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = image.transpose(Image.Transpose.ROTATE_90)  # orientation 6 turns it back
+    assert fingerprints(encode(stored, "PNG", exif=exif)) == fingerprints(encode(image, "PNG"))
+
+
+def test_pixel_hash_of_a_large_picture_is_taken_in_strips() -> None:
+    image = photograph(size=(1501, 1203))
+    digest = hashlib.blake2b(b"1501x1203" + np.asarray(image).tobytes(), digest_size=16).hexdigest()
+    assert pixel_hash(image) == digest
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_jpeg_that_was_scaled_has_a_perceptual_hash_only(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(photograph(size=(1601, 1203)), "JPEG", quality=90, exif=exif)
+    exact, scaled = fingerprints(data, View(64)), fingerprints(data, View(64), scaled=True)
+    assert exact[0] is not None
+    assert scaled[0] is None
+    assert exact[1] is not None
+    assert scaled[1] is not None
+    assert hamming(as_integers([exact[1]]), as_integers([scaled[1]]))[0] <= 4
+
+
+def test_fingerprints_are_taken_only_when_asked() -> None:
+    image = decode(encode(photograph(), "PNG"), limits=LIMITS)
+    assert (image.pixel_hash, image.phash) == (None, None)
