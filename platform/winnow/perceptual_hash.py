@@ -43,6 +43,11 @@ def hamming(hashes: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[n
     return np.asarray(np.bitwise_count(np.bitwise_xor(hashes, others)), dtype=np.uint8)
 
 
+def is_telling(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """True where a hash, uint64, describes a picture: half of its bits are set, but one in a flat picture, few in a gradient."""
+    return np.asarray(np.bitwise_count(hashes) >= _FREQUENCIES)
+
+
 def as_integers(hashes: list[str]) -> NDArray[np.uint64]:
     """Hashes in hex as uint64 (N,), for ``hamming``."""
     return np.array([int(text, 16) for text in hashes], dtype=np.uint64)
