@@ -105,6 +105,23 @@ QUALIFY row_number() OVER (
     ORDER BY origin = 'label_studio' DESC, updated_at DESC, run_finished_at DESC, annotation_id DESC
 ) = 1
 """,
+    "production": f"""
+WITH {_FINISHED}
+SELECT m.task, m.version, m.event, m.run, m."at" FROM models AS m SEMI JOIN finished USING (run)
+WHERE m.event IN ('promoted', 'rolled_back')
+QUALIFY row_number() OVER (PARTITION BY m.task ORDER BY m."at" DESC) = 1
+""",
+    "model_versions": f"""
+WITH {_FINISHED},
+events AS (SELECT models.* FROM models SEMI JOIN finished USING (run)),
+measured AS (
+    SELECT task, version, arg_max(metrics, "at") AS metrics FROM events
+    WHERE event IN ('made', 'measured') AND metrics IS NOT NULL GROUP BY task, version
+)
+SELECT e.task, e.version, e.location, e.sha256, m.metrics, e.detail, e.run, e."at",
+    EXISTS (FROM production AS p WHERE p.task = e.task AND p.version = e.version) AS production
+FROM events AS e LEFT JOIN measured AS m USING (task, version) WHERE e.event = 'made'
+""",
     "results": f"""
 WITH {_FINISHED}, {_LAST_SEEN}, {_NEWEST_PREDICTION},
 chosen AS (

@@ -9,6 +9,7 @@ from winnow.errors import CallError, StorageError
 from winnow.schemas import FORMAT_VERSION
 from winnow_connectors.ledger import Ledger
 from winnow_connectors.object_store import NotFoundError, ObjectStores
+from winnow_connectors.registry import Registry
 from winnow_connectors.tables import Tables
 
 
@@ -26,6 +27,7 @@ class Warehouse:
         self.store = stores.at(uri)
         self.tables = Tables(self.store)
         self.ledger = Ledger(self.store, self.tables)
+        self.registry = Registry(self.store, self.tables, self.ledger)
 
     def __reduce__(self) -> tuple[type[Warehouse], tuple[str, ObjectStores]]:
         return Warehouse, (self.uri, self.stores)
