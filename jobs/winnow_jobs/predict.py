@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from winnow import __version__, uris
 from winnow.batches import Selection, num_positions
 from winnow.errors import CallError, JobError, StoppedError
+from winnow.models.cards import parse_version
 from winnow.models.loading import obtain_weights
 from winnow.models.references import ResolvedModel
 from winnow_connectors.ledger import Plan, Run, digest_of, new_run_id, totals
@@ -107,8 +108,17 @@ class PredictResult:
     verdict: str = ""
 
 
-def predict(workspace: Workspace, tasks: Sequence[str] | None, asked: Asked, *, dry_run: bool = False) -> PredictResult:
+def predict(
+    workspace: Workspace,
+    tasks: Sequence[str] | None,
+    asked: Asked,
+    *,
+    versions: Sequence[str] = (),
+    dry_run: bool = False,
+) -> PredictResult:
     """Answer all pending images of the tasks (all configured tasks when None).
+
+    Each by its version in production, or by the one of its ``versions``.
 
     Raises:
         CallError: no such task or model, a faulty condition.
@@ -122,7 +132,8 @@ def predict(workspace: Workspace, tasks: Sequence[str] | None, asked: Asked, *, 
         raise CallError("no task is configured; add a [tasks.NAME] section to winnow.toml")
     chosen = {name: config.task(name) for name in sorted(set(names))}
     workspace.warehouse.check()
-    models = {name: workspace.resolve_model(task) for name, task in chosen.items()}
+    named = versions_by_task(versions, chosen)
+    models = {name: workspace.task_model(name, named.get(name)) for name in chosen}
     ids = {name: model.id for name, model in models.items()}
     works = [work_name(name, model) for name, model in models.items()]
     spec = make_spec(
@@ -169,12 +180,29 @@ def _check_before_the_start(workspace: Workspace, models: Iterable[ResolvedModel
     if is_local():
         for model in models:
             if model.source != "checkpoint":  # whose file was just read
-                obtain_weights(model)
+                obtain_weights(model, fetch=workspace.stores.download)
     elif workspace.warehouse.uri.startswith("file:"):
         with ray_cluster() as nodes:
             check_all_nodes_see(Path(uris.local_path(workspace.warehouse.uri)), nodes)
     else:
         check_address()
+
+
+def versions_by_task(versions: Sequence[str], tasks: Iterable[str]) -> dict[str, str]:
+    """Model versions by the task that they answer.
+
+    Raises:
+        CallError: one is no version's name, is of another task, or a task has two.
+    """
+    known = sorted(tasks)
+    named: dict[str, str] = {}
+    for version in versions:
+        task, _ = parse_version(version)
+        if task not in known:
+            raise CallError(f"--model {version}: {task!r} is not among the tasks asked: {', '.join(known)}")
+        if named.setdefault(task, version) != version:
+            raise CallError(f"--model names two versions of {task}: {named[task]} and {version}; choose one")
+    return named
 
 
 def work_name(task: str, model: ResolvedModel) -> str:

@@ -13,6 +13,7 @@ from winnow.errors import CallError
 from winnow.schemas import TABLES
 
 if TYPE_CHECKING:
+    from winnow_connectors.registry import Move
     from winnow_jobs.ingest import IngestResult
     from winnow_jobs.predict import PredictResult
     from winnow_jobs.workspace import Workspace
@@ -77,13 +78,13 @@ def show_run(workspace: Workspace, run_id: str) -> dict[str, Any]:
     return {**_open_row(run), "digest": plan.digest, "host": plan.host, "code_version": plan.code_version}
 
 
-def resume(workspace: Workspace, run_id: str) -> PredictResult | IngestResult:
+def resume(workspace: Workspace, run_id: str) -> PredictResult | IngestResult | Move:
     """Finish an open run with the options it was started with.
 
     Raises:
         CallError: no such run, or it is closed already.
     """
-    from winnow_jobs import ingest, predict
+    from winnow_jobs import ingest, models, predict
 
     workspace.warehouse.check()
     ledger = workspace.warehouse.ledger
@@ -97,6 +98,8 @@ def resume(workspace: Workspace, run_id: str) -> PredictResult | IngestResult:
         raise CallError(f"run {run_id} is {outcome['status']} already; there is nothing to resume")
     if run.plan.job == "ingest":
         return ingest.resume(workspace, run)
+    if run.plan.job in ("promote", "rollback"):
+        return models.resume(workspace, run)
     return predict.work_off(workspace, run)
 
 

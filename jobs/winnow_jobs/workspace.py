@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from winnow.config import Config, TaskConfig, load_config
+from winnow.errors import CallError
 from winnow_connectors.object_store import ObjectStores
 from winnow_connectors.warehouse import Warehouse
 
 if TYPE_CHECKING:
     from winnow.models.references import ResolvedModel
     from winnow_connectors.query import QueryEngine
+    from winnow_connectors.registry import Move, Version
     from winnow_jobs.ingest import IngestResult
     from winnow_jobs.predict import PredictResult
 
@@ -85,6 +87,33 @@ class Workspace:
             version=self.stores.version,
         )
 
+    def task_model(self, name: str, version: str | None = None) -> ResolvedModel:
+        """What answers a task now.
+
+        Args:
+            name: of the task.
+            version: ``<task>@<n>`` or ``<task>@base``; the one in production by default.
+
+        Raises:
+            CallError: no such task or version, or the version does not fit the task as winnow.toml has it.
+            JobError: the version's card is damaged.
+        """
+        from winnow.models.cards import check_task, parse_version
+        from winnow.models.references import resolve_card
+
+        task = self.config.task(name)
+        registry = self.warehouse.registry
+        chosen = version or registry.production(name)
+        of, number = parse_version(chosen)
+        if of != name:
+            raise CallError(f"{chosen} is a version of {of}, not of {name}")
+        if number is None:
+            return self.resolve_model(task)
+        found = registry.version(chosen)
+        card = registry.card(found)
+        check_task(card, task)
+        return resolve_card(card, registry.weights_uri(found))
+
     def init(self) -> bool:
         """Create the warehouse. False when it was there already."""
         return self.warehouse.create()
@@ -99,19 +128,46 @@ class Workspace:
         self,
         tasks: Sequence[str] | None = None,
         *,
+        models: Sequence[str] = (),
         where: str | None = None,
         limit: int | None = None,
         new: bool = False,
         retry_failures: str | None = None,
         dry_run: bool = False,
     ) -> PredictResult:
-        """Answer every pending image exactly once; see ``winnow_jobs.predict``."""
+        """Answer every pending image exactly once; see ``winnow_jobs.predict``.
+
+        Each task is answered by its version in production, or by the one named in ``models`` (``garment@2``).
+        """
         from winnow_jobs.predict import Asked, predict
 
         asked = Asked(where=where, limit=limit, new=new, retry_failures=retry_failures)
-        return predict(self, tasks, asked, dry_run=dry_run)
+        return predict(self, tasks, asked, versions=models, dry_run=dry_run)
 
-    def resume(self, run_id: str) -> PredictResult | IngestResult:
+    def models(self, task: str | None = None) -> list[Version]:
+        """All model versions, by task, the newest first.
+
+        Raises:
+            CallError: no such task.
+        """
+        if task is not None:
+            self.config.task(task)
+        self.warehouse.check()
+        return self.warehouse.registry.versions(task)
+
+    def promote(self, version: str, *, force: bool = False) -> Move:
+        """Let a model version answer its task from now on; see ``Registry.promote``."""
+        from winnow_jobs.models import promote
+
+        return promote(self, version, force=force)
+
+    def rollback(self, task: str, to: str | None = None) -> Move:
+        """Let the version before answer again, or the one named; see ``Registry.roll_back``."""
+        from winnow_jobs.models import roll_back
+
+        return roll_back(self, task, to)
+
+    def resume(self, run_id: str) -> PredictResult | IngestResult | Move:
         """Finish an open run with the options that it was started with."""
         from winnow_jobs.runs import resume
 

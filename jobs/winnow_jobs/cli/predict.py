@@ -15,12 +15,20 @@ from winnow_jobs.cli.main import Call
 Examples:
   winnow predict                                     # all tasks, all pending images
   winnow predict --task objects --limit 1000
+  winnow predict --model garment@2                   # this version, whichever is in production
   winnow predict --where "split = 'test' AND metadata['camera'] = 'north'"
   winnow predict --dry-run                           # how many would be asked
   winnow predict --retry-failures                    # what storage failed to give last time
 """
 )
 @click.option("--task", "tasks", multiple=True, help="A task of winnow.toml; may be repeated. All tasks by default.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="VERSION",
+    help="A model version, TASK@NUMBER or TASK@base (that of winnow.toml), instead of the one in production.",
+)
 @click.option("--where", help="SQL condition over current_images: only images that meet it.")
 @click.option("--limit", type=int, help="At most this many images.")
 @click.option("--new", is_flag=True, help="Only images that no model version of the task has answered.")
@@ -38,6 +46,7 @@ Examples:
 def command(
     call: Call,
     tasks: tuple[str, ...],
+    models: tuple[str, ...],
     where: str | None,
     limit: int | None,
     new: bool,
@@ -55,7 +64,13 @@ def command(
 
     call.workspace.num_cpus = num_cpus
     result = call.workspace.predict(
-        list(tasks) or None, where=where, limit=limit, new=new, retry_failures=retry_failures, dry_run=dry_run
+        list(tasks) or None,
+        models=models,
+        where=where,
+        limit=limit,
+        new=new,
+        retry_failures=retry_failures,
+        dry_run=dry_run,
     )
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(result)))

@@ -60,7 +60,8 @@ def show(call: Call, run_id: str, as_json: bool) -> None:
 @click.pass_obj
 def resume(call: Call, run_id: str, as_json: bool) -> None:
     """Finish an open run with the options it was started with."""
-    from winnow_jobs.cli import ingest, output
+    from winnow_connectors.registry import Move
+    from winnow_jobs.cli import ingest, models, output
     from winnow_jobs.ingest import IngestResult
 
     result = call.workspace.resume(run_id)
@@ -68,6 +69,8 @@ def resume(call: Call, run_id: str, as_json: bool) -> None:
         click.echo(json.dumps(dataclasses.asdict(result)))
     elif isinstance(result, IngestResult):
         ingest.print_result(result)
+    elif isinstance(result, Move):
+        models.print_move(result)
     else:
         output.print_predict(result)
 

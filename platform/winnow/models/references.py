@@ -31,6 +31,7 @@ from winnow.models.architectures import (
     is_segmenter,
     segmentation_view,
 )
+from winnow.models.cards import Card
 from winnow.models.checkpoints import SUFFIXES, is_two_parts, read_state_dict, sha256_of
 from winnow.models.downloads import hub_file
 
@@ -212,6 +213,25 @@ def _resolved(preset: Preset, output: Output, classes: tuple[str, ...]) -> Resol
         mean=preset.mean,
         std=preset.std,
         output=output,
+    )
+
+
+def resolve_card(card: Card, location: str) -> ResolvedModel:
+    """A model version of the registry, whose weights lie at a URI."""
+    return ResolvedModel(
+        id=card.version,
+        source="registry",
+        architecture=card.architecture,
+        weights=location.rsplit("/", 1)[-1],
+        location=location,
+        sha256=card.sha256,
+        classes=card.classes,
+        view=card.view,
+        mean=card.mean,
+        std=card.std,
+        output=OUTPUTS[card.kind],
+        head=card.head,
+        temperature=card.temperature,
     )
 
 
