@@ -44,7 +44,7 @@ def hamming(hashes: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[n
 
 
 def is_telling(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """True where a hash, uint64, describes a picture: half of its bits are set, but one in a flat picture, few in a gradient."""
+    """True where a hash describes a picture: half of its bits are set; in that of a flat picture one, or few."""
     return np.asarray(np.bitwise_count(hashes) >= _FREQUENCIES)
 
 

@@ -242,7 +242,7 @@ def components(num: int, us: Integers, vs: Integers) -> Integers:
     Every tree hooks onto the smallest tree that an edge leads to, then all paths are halved until they are flat:
     Shiloach and Vishkin, "An O(log n) parallel connectivity algorithm", 1982.
     """
-    labels = np.arange(num, dtype=np.int64)
+    labels: Integers = np.arange(num, dtype=np.int64)
     while True:
         a, b = labels[us], labels[vs]
         active = np.flatnonzero(a != b)
@@ -251,14 +251,7 @@ def components(num: int, us: Integers, vs: Integers) -> Integers:
         us, vs, a, b = us[active], vs[active], a[active], b[active]
         np.minimum.at(labels, np.maximum(a, b), np.minimum(a, b))
         while True:
-            shorter = labels[labels]
+            shorter: Integers = labels[labels]
             if np.array_equal(shorter, labels):
                 break
             labels = shorter
-
-
-def normalised(vectors_ND: NDArray[np.floating]) -> Floats:
-    """Vectors of length 1, float32; a zero vector stays what it is."""
-    vectors = np.asarray(vectors_ND, dtype=np.float32)
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(lengths > 0, lengths, 1).astype(np.float32)
