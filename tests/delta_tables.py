@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "predictions": {
         "task": "kind", "model": "kind@1", "confidence": 0.5, "margin": 0.1, "entropy": 1.0, "top5": [], "at": at(0),
     },
+    "segments": {
+        "task": "parts", "model": "parts@1", "area_share": 0.5, "confidence": 0.5, "entropy": 0.1,
+        "box": [0.0, 0.0, 1.0, 1.0], "at": at(0),
+    },
     "labels": {
         "task": "kind", "event": "created", "origin": "label_studio", "server": "ls", "project": 1, "updated_at": at(0),
     },
@@ -43,13 +48,18 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 class HandMade:
-    """All tables. Rows belong to the run ``r1``, finished, if they name no other."""
+    """All tables. Rows belong to the run ``r1``, finished, if they name no other.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: for the tables.
+        exist: they are there already, as those of a workspace are.
+    """
+
+    def __init__(self, folder: Path, *, exist: bool = False) -> None:
         self.folder = folder
         self.opened: list[str] = []
         self._annotation_ids = itertools.count(1)
-        for name, schema in TABLES.items():
+        for name, schema in ({} if exist else TABLES).items():
             DeltaTable.create(folder / name, schema)
         self.run("r1", finished=1)
 
@@ -57,6 +67,14 @@ class HandMade:
         self.add("runs", run_id=run_id, finished_at=at(finished), status=status)
 
     def add(self, table: str, **row: Any) -> None:
+        self.add_rows(table, [row])
+
+    def add_rows(self, table: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Many rows in one commit."""
+        complete = [self._complete(table, row) for row in rows]
+        write_deltalake(self.folder / table, pa.Table.from_pylist(complete, schema=TABLES[table]), mode="append")
+
+    def _complete(self, table: str, row: dict[str, Any]) -> dict[str, Any]:
         row = {**_DEFAULTS[table], **row}
         if table != "runs":
             row.setdefault("run", "r1")
@@ -64,7 +82,7 @@ class HandMade:
             row.setdefault("uri", f"file:///{row['image_id']}.jpg")
         if table == "labels" and row["origin"] == "label_studio":
             row.setdefault("annotation_id", next(self._annotation_ids))
-        write_deltalake(self.folder / table, pa.Table.from_pylist([row], schema=TABLES[table]), mode="append")
+        return row
 
     def dataset(self, name: str) -> ds.Dataset:
         self.opened.append(name)

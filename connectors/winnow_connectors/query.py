@@ -89,8 +89,12 @@ class QueryEngine:
         """
         return self.reader(statement).read_all()
 
-    def reader(self, statement: str) -> pa.RecordBatchReader:
+    def reader(self, statement: str, *, batch_rows: int = _BATCH_ROWS) -> pa.RecordBatchReader:
         """The result in batches, computed while they are read. Interruptible; close it when you stop early.
+
+        Args:
+            statement: what to ask.
+            batch_rows: rows per batch, about; fewer for rows that are large.
 
         Raises:
             QueryError: the statement is wrong or not read-only; reading on can raise it too (a failed cast, memory).
@@ -112,7 +116,7 @@ class QueryEngine:
             opened = self._open_tables(connection, statement)
             for setting in _LOCKS:
                 connection.execute(setting)
-            batches = _interruptible(thread, connection, lambda: connection.sql(statement).to_arrow_reader(_BATCH_ROWS))
+            batches = _interruptible(thread, connection, lambda: connection.sql(statement).to_arrow_reader(batch_rows))
         except duckdb.Error as error:
             failure = _explain(error, connection, statement, opened)
             close()

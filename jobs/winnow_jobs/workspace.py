@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from winnow.models.references import ResolvedModel
     from winnow_connectors.query import QueryEngine
     from winnow_connectors.registry import Move, Version
+    from winnow_jobs.export_masks import MasksResult
     from winnow_jobs.ingest import IngestResult
     from winnow_jobs.predict import PredictResult
 
@@ -209,3 +210,9 @@ class Workspace:
         from winnow_jobs.export import export_results
 
         return export_results(self.query_engine(), to, stores=self.stores, **options)
+
+    def export_masks(self, task: str, to: str, **options: Any) -> MasksResult:
+        """Write the masks of a segmentation task; see ``winnow_jobs.export_masks.export_masks`` for the options."""
+        from winnow_jobs.export_masks import export_masks
+
+        return export_masks(self, task, to, **options)

@@ -23,7 +23,7 @@ _COMMANDS = {
     "predict": "Answer every pending image exactly once.",
     "models": "List and show model versions, choose the one that answers.",
     "query": "Ask the tables with SQL.",
-    "export": "Write results for other engines: Parquet, CSV, COCO.",
+    "export": "Write results for other engines (Parquet, CSV, COCO), and masks.",
     "runs": "List, show, resume or abandon runs.",
     "doctor": "Check this machine, the configuration and the storage.",
     "services": "Start, stop or show the local S3 server.",

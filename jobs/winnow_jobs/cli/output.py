@@ -6,6 +6,7 @@ the like, so that they can neither steer the terminal nor break a row.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -22,6 +23,7 @@ from winnow_jobs.writers import atomic_file, iterate_rows, text_of, write_csv, w
 
 if TYPE_CHECKING:
     from winnow_jobs.export import ExportResult
+    from winnow_jobs.export_masks import MasksResult
     from winnow_jobs.predict import PredictResult
 
 FORMATS = ("table", "csv", "json", "parquet")
@@ -112,6 +114,23 @@ def print_export(result: ExportResult, format: str = "table", file: IO[str] | No
         file.write("\n")
     else:
         file.write(printable(f"{result.num_rows:,} results, {result.num_bytes:,} bytes: {result.uri}") + "\n")
+    file.flush()
+
+
+def print_masks(result: MasksResult, format: str = "table", file: IO[str] | None = None) -> None:
+    """Say what an export of masks wrote; ``format`` is ``table`` or ``json``."""
+    file = file or sys.stdout
+    if format == "json":
+        json.dump(dataclasses.asdict(result), file)
+        file.write("\n")
+    elif not result.num_images:
+        file.write(f"nothing to export: no current image asked for is answered by task {result.task!r}\n")
+    else:
+        counted = f"{result.num_images:,} images, {result.num_written:,} files written, {result.num_kept:,} kept"
+        file.write(printable(f"{counted}: {result.uri}") + "\n")
+        if result.num_failed:
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(result.failures.items()))
+            file.write(f"{result.num_failed:,} images with an error ({kinds}): see index.csv\n")
     file.flush()
 
 
