@@ -2,6 +2,7 @@
 
 Parquet and CSV hold the rows of the view. COCO JSON (https://cocodataset.org/#format-data) holds ``images``,
 ``categories`` and ``annotations``; a label of a whole image has no box and no mask, so those annotations have neither.
+The newest segments come beside the view's rows, with their masks in the size of the image.
 
 A file appears under its name when it is complete, or not at all. Memory stays flat whatever the number of rows.
 """
@@ -14,11 +15,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from winnow import uris
-from winnow.errors import CallError
+from winnow.errors import CallError, MaskError, StorageError
+from winnow.masks import BACKGROUNDS, encode_classes, label_map, resize_to_source
 from winnow_jobs.writers import already_there, atomic_file, iterate_rows, text_of, write_array, write_csv, write_parquet
 
 if TYPE_CHECKING:
@@ -34,10 +37,17 @@ _RESULTS_BY_IMAGE = """
 WITH sizes AS (
     SELECT image_id, max(width) AS width, max(height) AS height FROM latest_outcomes
     WHERE width IS NOT NULL GROUP BY image_id
+),
+answers AS (
+    SELECT image_id, uri, split, task, label, source, confidence, model, false AS is_segment, NULL AS rle FROM results
+    UNION ALL
+    SELECT s.image_id, i.uri, i.split, s.task, s.label, 'prediction', s.confidence, s.model, true, s.rle
+    FROM latest_segments AS s JOIN (SELECT image_id, uri, split FROM current_images) AS i USING (image_id)
 )
-SELECT image_id, uri, width, height, split, task, label, source, confidence, model
-FROM results LEFT JOIN sizes USING (image_id) ORDER BY image_id, task
+SELECT image_id, uri, width, height, split, task, label, source, confidence, model, is_segment, rle
+FROM answers LEFT JOIN sizes USING (image_id) ORDER BY image_id, task, is_segment, label
 """
+_COCO_BATCH_ROWS = 2048  # encoded masks are large
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class ExportResult:
     Attributes:
         uri: the file, as a canonical URI.
         format: ``parquet``, ``csv`` or ``coco``.
-        num_rows: rows of ``results`` in it.
+        num_rows: rows of ``results`` in it; of COCO its annotations.
         num_bytes: its size.
     """
 
@@ -117,39 +127,49 @@ def _write_csv(engine: QueryEngine, file: BinaryIO) -> int:
 
 def _write_coco(engine: QueryEngine, file: BinaryIO) -> int:
     """COCO wants images before annotations: the results are asked once, kept in a temporary file and read twice."""
-    import pyarrow.parquet as pq
-
     with tempfile.TemporaryFile(prefix="winnow-export-") as spool, text_of(file) as text:
-        num_rows = write_parquet(engine.reader(_RESULTS_BY_IMAGE), spool)
-        rows = pq.ParquetFile(spool)
+        _spool(engine.reader(_RESULTS_BY_IMAGE, batch_rows=_COCO_BATCH_ROWS), spool)
         labels: set[tuple[str, str]] = set()
         text.write('{"info": {"description": "Winnow results"},\n"images": ')
-        write_array(text, _coco_images(rows, labels))
+        write_array(text, _coco_images(spool, labels))
         categories = {key: number for number, key in enumerate(sorted(labels), start=1)}
         text.write(',\n"categories": ')
         write_array(text, ({"id": n, "name": label, "supercategory": task} for (task, label), n in categories.items()))
         text.write(',\n"annotations": ')
-        write_array(text, _coco_annotations(rows, categories))
+        num_annotations = write_array(text, _coco_annotations(spool, categories))
         text.write("}\n")
-    return num_rows
+    return num_annotations
 
 
-def _numbered(file: pa.parquet.ParquetFile) -> Iterator[tuple[int, dict[str, Any]]]:
+def _spool(reader: pa.RecordBatchReader, file: BinaryIO) -> None:
+    import pyarrow as pa
+
+    with pa.ipc.new_stream(file, reader.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        for batch in reader:
+            writer.write_batch(batch)
+
+
+def _numbered(spool: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows with the number of their image, from 1 on, in the order of image_id."""
+    import pyarrow as pa
+
     number, last = 0, None
-    for batch in file.iter_batches():
-        for values in iterate_rows([batch]):
-            row = dict(zip(batch.schema.names, values, strict=True))
-            number += row["image_id"] != last
-            last = row["image_id"]
-            yield number, row
+    spool.seek(0)
+    with pa.ipc.open_stream(spool) as reader:
+        for batch in reader:
+            for values in iterate_rows([batch]):
+                row = dict(zip(batch.schema.names, values, strict=True))
+                number += row["image_id"] != last
+                last = row["image_id"]
+                yield number, row
 
 
-def _coco_images(file: pa.parquet.ParquetFile, labels: set[tuple[str, str]]) -> Iterator[dict[str, Any]]:
-    """One entry per image; collects (task, label) on the way."""
+def _coco_images(spool: BinaryIO, labels: set[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    """One entry per image; collects (task, label) on the way. Images that show only background are in it too."""
     last = 0
-    for number, row in _numbered(file):
-        labels.add((row["task"], row["label"]))
+    for number, row in _numbered(spool):
+        if not _is_background(row):
+            labels.add((row["task"], row["label"]))
         if number != last:
             last = number
             yield {
@@ -162,16 +182,59 @@ def _coco_images(file: pa.parquet.ParquetFile, labels: set[tuple[str, str]]) -> 
             }
 
 
-def _coco_annotations(file: pa.parquet.ParquetFile, categories: dict[tuple[str, str], int]) -> Iterator[dict[str, Any]]:
-    for annotation, (number, row) in enumerate(_numbered(file), start=1):
-        yield {
-            "id": annotation,
-            "image_id": number,
-            "category_id": categories[row["task"], row["label"]],
-            "score": row["confidence"],
-            "source": row["source"],
-            "model": row["model"],
+def _coco_annotations(spool: BinaryIO, categories: dict[tuple[str, str], int]) -> Iterator[dict[str, Any]]:
+    rows = ((number, row) for number, row in _numbered(spool) if not _is_background(row))
+    annotation = 0
+    for _, group in groupby(rows, lambda item: (item[0], item[1]["task"], item[1]["is_segment"])):
+        answers = list(group)
+        masks = _coco_masks([row for _, row in answers]) if answers[0][1]["is_segment"] else {}
+        for number, row in answers:
+            if row["is_segment"] and row["label"] not in masks:
+                continue
+            annotation += 1
+            yield {
+                "id": annotation,
+                "image_id": number,
+                "category_id": categories[row["task"], row["label"]],
+                "score": row["confidence"],
+                "source": row["source"],
+                "model": row["model"],
+                **masks.get(row["label"], {}),
+            }
+
+
+def _coco_masks(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What COCO says of a mask, by class, for all segments of one image and task.
+
+    ``iscrowd`` is 0, as in COCO-Stuff, whose annotations are like ours: the whole of a class in an image.
+
+    Raises:
+        StorageError: a mask in the table is damaged.
+    """
+    classes = [row["label"] for row in rows]
+    width, height = rows[0]["width"], rows[0]["height"]
+    try:
+        if width is None or height is None:
+            raise MaskError("the size of the image is not known")
+        labels = label_map([(row["label"], row["rle"]) for row in rows], classes)
+    except MaskError as error:
+        where = f"image {rows[0]['image_id']} and task {rows[0]['task']!r}"
+        raise StorageError(f"the table segments holds a damaged mask for {where}: {error}") from None
+    found = encode_classes(resize_to_source(labels, width, height))
+    return {
+        classes[entry.value]: {
+            "segmentation": entry.rle,
+            "area": entry.num_pixels,
+            "bbox": list(entry.box),
+            "iscrowd": 0,
         }
+        for entry in found
+        if entry.value < len(classes)  # the rest is background
+    }
+
+
+def _is_background(row: dict[str, Any]) -> bool:
+    return row["is_segment"] and row["label"] in BACKGROUNDS
 
 
 FORMATS: dict[str, Callable[[QueryEngine, BinaryIO], int]] = {

@@ -9,6 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from delta_tables import HandMade, at
 from winnow.config import StorageConfig
 from winnow.errors import CallError, QueryError, StorageError
+from winnow.masks import encode_classes, resize_to_source
 from winnow.schemas import SCORED_LABEL
 from winnow_connectors.object_store import ObjectStores
 from winnow_connectors.query import QueryEngine
@@ -99,6 +101,53 @@ def test_coco_ids_refer_to_each_other(engine: QueryEngine, stores: ObjectStores,
     assert len(categories) == 3
 
 
+def test_coco_holds_segments_with_masks_in_the_size_of_the_image(tmp_path: Path, stores: ObjectStores) -> None:
+    from pycocotools.coco import COCO
+
+    warehouse = HandMade(tmp_path / "tables")
+    labels = np.zeros((26, 39), dtype=np.uint8)
+    labels[3:9, 5:20] = 1
+    labels[20:, 30:] = 2
+    for image_id, found, size in (("a", labels, (78, 52)), ("b", labels, (40, 30)), ("c", labels * 0, (39, 26))):
+        warehouse.add("images", image_id=image_id)
+        warehouse.add("outcomes", image_id=image_id, task="parts", model="parts@1", width=size[0], height=size[1])
+        for entry in encode_classes(found):
+            name = ("__background__", "cat", "dog")[entry.value]
+            warehouse.add("segments", image_id=image_id, label=name, rle=entry.rle, confidence=0.75)
+    warehouse.add("predictions", image_id="a", label="background", confidence=0.5)  # of a whole image: a class
+    warehouse.add("segments", image_id="gone", label="cat", rle=encode_classes(labels)[1].rle)
+    written = export_results(QueryEngine(warehouse), "out.json", "coco", stores=stores)
+    assert written.num_rows == 5
+
+    coco = COCO(tmp_path / "out.json")
+    assert sorted((entry["supercategory"], entry["name"]) for entry in coco.loadCats(coco.getCatIds())) == [
+        ("kind", "background"), ("parts", "cat"), ("parts", "dog"),
+    ]  # fmt: skip
+    images = {image["winnow_image_id"]: image for image in coco.loadImgs(coco.getImgIds())}
+    assert images.keys() == {"a", "b", "c"}, "an image of background alone is an image"
+    assert coco.getAnnIds(imgIds=images["c"]["id"]) == []
+    for name, width, height in (("a", 78, 52), ("b", 40, 30)):
+        expected = resize_to_source(labels, width, height)
+        for value, label in ((1, "cat"), (2, "dog")):
+            wanted = coco.getAnnIds(imgIds=images[name]["id"], catIds=coco.getCatIds(catNms=[label]))
+            (annotation,) = coco.loadAnns(wanted)
+            assert np.array_equal(coco.annToMask(annotation), expected == value)
+            rows, columns = np.nonzero(expected == value)
+            assert annotation["area"] == len(rows)
+            assert annotation["bbox"] == [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1]
+            assert (annotation["iscrowd"], annotation["score"], annotation["model"]) == (0, 0.75, "parts@1")
+
+
+def test_a_damaged_mask_in_the_table_stops_the_export_and_is_named(tmp_path: Path, stores: ObjectStores) -> None:
+    warehouse = HandMade(tmp_path / "tables")
+    warehouse.add("images", image_id="a")
+    warehouse.add("outcomes", image_id="a", task="parts", model="parts@1", width=4, height=4)
+    warehouse.add("segments", image_id="a", label="cat", rle={"size": [2, 2], "counts": "9"})
+    with pytest.raises(StorageError, match=r"damaged mask for image a and task 'parts': .* covers 9 pixels"):
+        export_results(QueryEngine(warehouse), "out.json", "coco", stores=stores)
+    assert not (tmp_path / "out.json").exists()
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_an_empty_warehouse_gives_a_valid_file(tmp_path: Path, stores: ObjectStores, format: str) -> None:
     empty = QueryEngine(HandMade(tmp_path / "tables"))
@@ -134,7 +183,7 @@ class _Breaking:
     def __init__(self, engine: QueryEngine) -> None:
         self._engine = engine
 
-    def reader(self, statement: str) -> pa.RecordBatchReader:
+    def reader(self, statement: str, **_: Any) -> pa.RecordBatchReader:
         batch = self._engine.sql(statement).to_batches()[0]
 
         def batches() -> Any:

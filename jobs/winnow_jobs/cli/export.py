@@ -26,7 +26,7 @@ Examples:
     type=click.Choice(["parquet", "csv", "coco"]),
     default="parquet",
     show_default=True,
-    help="Parquet, CSV, or COCO JSON (images, categories, annotations without boxes).",
+    help="Parquet, CSV, or COCO JSON (images, categories, annotations; of segments with their masks).",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a file of that name.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
