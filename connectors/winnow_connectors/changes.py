@@ -9,6 +9,7 @@ reserve it has; these never change. Of a listing that names a uri twice, the fir
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ _KNOWN_SCHEMA = pa.schema(
     ]
     + [("seen_us", pa.int64())]
 )
-_LABEL_SCHEMA = pa.schema([("image_id", pa.string()), ("label", pa.string()), ("updated_us", pa.int64())])
+_IMPORTED_SCHEMA = pa.schema([("image_id", pa.string()), ("value", pa.string()), ("updated_us", pa.int64())])
 _IMAGES_SCHEMA = pa.schema(
     [
         pa.field("number", pa.int64()),
@@ -67,7 +68,7 @@ _COMPARE = f"""
 CREATE TABLE firsts AS SELECT uri, min(number) AS number FROM listing GROUP BY uri;
 
 CREATE TABLE listed AS
-SELECT number, uri, version, label, split, "group" FROM listing SEMI JOIN firsts USING (number);
+SELECT number, uri, version, label, mask, split, "group" FROM listing SEMI JOIN firsts USING (number);
 
 CREATE TABLE known AS
 WITH newest AS (SELECT uri, max(seen_us) AS seen_us FROM events GROUP BY uri)
@@ -113,17 +114,17 @@ FROM known AS k ANTI JOIN firsts USING (uri)
 WHERE $vanish AND k.event <> 'vanished' AND k.source IN (SELECT unnest($sources))
 """
 
-_LABELS = """
-WITH newest AS (SELECT image_id, max(updated_us) AS updated_us FROM imported GROUP BY image_id),
-former AS (SELECT imported.* FROM imported JOIN newest USING (image_id, updated_us)),
+_IMPORTED = """
+WITH newest AS (SELECT image_id, max(updated_us) AS updated_us FROM imported_{column} GROUP BY image_id),
+former AS (SELECT imported.* FROM imported_{column} AS imported JOIN newest USING (image_id, updated_us)),
 found AS (
-    SELECT coalesce(f.image_id, c.known_id) AS image_id, l.label, coalesce(f.audit, k.audit) AS audit
+    SELECT coalesce(f.image_id, c.known_id) AS image_id, l.{column} AS value, coalesce(f.audit, k.audit) AS audit
     FROM listed AS l JOIN compared AS c USING (number)
     LEFT JOIN fresh AS f USING (number)
     LEFT JOIN known AS k ON k.uri = l.uri
-    WHERE l.label IS NOT NULL
+    WHERE l.{column} IS NOT NULL
 )
-SELECT found.image_id, found.label, found.audit FROM found ANTI JOIN former USING (image_id, label)
+SELECT found.image_id, found.value AS {column}, found.audit FROM found ANTI JOIN former USING (image_id, value)
 """
 
 
@@ -136,7 +137,7 @@ class Changes:
         num_images, num_unchanged, num_twice: distinct listed uris; of these already known as they are; further rows
             with a uri that was listed before.
         num_added, num_changed, num_vanished: events to write; each changed image also gets a ``replaced`` row.
-        num_labels: labels to write.
+        num_labels, num_masks: labels to write, of whole images and of their pixels.
         num_splits_kept: images whose listed split differs from the one that they have and keep.
     """
 
@@ -149,12 +150,13 @@ class Changes:
     num_vanished: int
     num_unchanged: int
     num_labels: int
+    num_masks: int
     num_splits_kept: int
 
     @property
     def is_empty(self) -> bool:
         """Nothing to write."""
-        return not (self.num_added or self.num_changed or self.num_vanished or self.num_labels)
+        return not (self.num_added or self.num_changed or self.num_vanished or self.num_labels or self.num_masks)
 
     def images(self, run_id: str, *, chunk_rows: int) -> Iterator[pa.Table]:
         """Rows of the table ``images``, at most ``chunk_rows`` at a time."""
@@ -163,13 +165,17 @@ class Changes:
                 kept = rows.drop_columns(["number"]) if "number" in rows.column_names else rows
                 yield self._stamped(kept, seen_at=self.seen_at, run=run_id)
 
-    def labels(self, run_id: str, task: str | None, *, chunk_rows: int) -> Iterator[pa.Table]:
+    def labels(self, run_id: str, task: str | None, mask_task: str | None, *, chunk_rows: int) -> Iterator[pa.Table]:
         """Rows of the table ``labels``, at most ``chunk_rows`` at a time."""
+        fixed = {"event": "imported", "origin": "imported", "updated_at": self.seen_at, "run": run_id}
         if self.num_labels:
-            for rows in _chunks(self.folder / "labels.parquet", chunk_rows):
-                yield self._stamped(
-                    rows, task=task, event="imported", origin="imported", updated_at=self.seen_at, run=run_id
-                )
+            for rows in _chunks(self.folder / "label.parquet", chunk_rows):
+                yield self._stamped(rows, task=task, **fixed)
+        if self.num_masks:
+            for rows in _chunks(self.folder / "mask.parquet", chunk_rows):
+                values = [json.dumps({"mask": uri}) for uri in rows.column("mask").to_pylist()]
+                rows = rows.drop_columns(["mask"]).append_column("value", pa.array(values, pa.string()))
+                yield self._stamped(rows, task=mask_task, **fixed)
 
     @staticmethod
     def _stamped(rows: pa.Table, **values: Any) -> pa.Table:
@@ -188,6 +194,7 @@ def compare(
     vanish: bool,
     task: str | None,
     classes: Sequence[str] | None,
+    mask_task: str | None,
     shares: SplitsConfig,
 ) -> Changes:
     """Compare a listing with the images and labels that are known. Writes to ``scratch`` only.
@@ -200,6 +207,7 @@ def compare(
         vanish: whether they do.
         task: whose labels the listing holds; None when it holds none.
         classes: the labels that the task knows; None when any label is valid.
+        mask_task: whose masks the listing holds; None when it holds none.
         shares: of the splits and of the audit reserve.
 
     Raises:
@@ -219,13 +227,15 @@ def compare(
         _copy(connection, _FRESH, scratch / "listed_fresh.parquet")
         _identify(scratch / "listed_fresh.parquet", scratch / "fresh.parquet", shares)
         _copy(connection, _GONE, scratch / "gone.parquet", {"vanish": vanish, "sources": list(sources)})
-        num_labels = 0
-        if task is not None:
-            _copy_labels(tables, task, scratch / "imported.parquet")
-            _view(connection, "imported", scratch / "imported.parquet")
-            _view(connection, "fresh", scratch / "fresh.parquet")
-            _copy(connection, _LABELS, scratch / "labels.parquet")
-            num_labels = pq.read_metadata(scratch / "labels.parquet").num_rows
+        _view(connection, "fresh", scratch / "fresh.parquet")
+        num_imported = {}
+        for column, of_task in (("label", task), ("mask", mask_task)):
+            num_imported[column] = 0
+            if of_task is not None:
+                _copy_imported(tables, of_task, column, scratch / f"imported_{column}.parquet")
+                _view(connection, f"imported_{column}", scratch / f"imported_{column}.parquet")
+                _copy(connection, _IMPORTED.format(column=column), scratch / f"{column}.parquet")
+                num_imported[column] = pq.read_metadata(scratch / f"{column}.parquet").num_rows
         events = dict(connection.execute("SELECT event, count(*) FROM compared GROUP BY event").fetchall())
         num_rows = int(_one(connection, "SELECT count(*) FROM listing"))
         kept = int(
@@ -246,7 +256,8 @@ def compare(
         num_changed=num_changed,
         num_vanished=pq.read_metadata(scratch / "gone.parquet").num_rows - num_changed,
         num_unchanged=events.get("unchanged", 0),
-        num_labels=num_labels,
+        num_labels=num_imported["label"],
+        num_masks=num_imported["mask"],
         num_splits_kept=kept,
     )
 
@@ -329,15 +340,29 @@ def _copy_events(tables: Tables, path: Path) -> tuple[int, int]:
     return num_rows, newest
 
 
-def _copy_labels(tables: Tables, task: str, path: Path) -> None:
+def _copy_imported(tables: Tables, task: str, column: str, path: Path) -> None:
+    """What was imported before for a task, into a local file: labels, or the URIs of masks."""
     columns = {
         "image_id": pc.field("image_id"),
-        "label": pc.field("label"),
+        "value": pc.field("value" if column == "mask" else "label"),
         "updated_us": pc.field("updated_at").cast(pa.int64()),
     }
-    with pq.ParquetWriter(path, _LABEL_SCHEMA) as writer:
+    with pq.ParquetWriter(path, _IMPORTED_SCHEMA) as writer:
         for batch in _scan(tables, "labels", columns, (pc.field("origin") == "imported") & (pc.field("task") == task)):
-            writer.write_batch(pa.RecordBatch.from_arrays(batch.columns, schema=_LABEL_SCHEMA))
+            image_ids, values, times = batch.columns
+            if column == "mask":
+                values = pa.array([_mask_of(value) for value in values.to_pylist()], pa.string())
+            writer.write_batch(pa.RecordBatch.from_arrays([image_ids, values, times], schema=_IMPORTED_SCHEMA))
+
+
+def _mask_of(value: str | None) -> str | None:
+    """The URI in a label of pixels; None where it names none."""
+    try:
+        content = json.loads(value or "null")
+    except ValueError:
+        return None
+    mask = content.get("mask") if isinstance(content, dict) else None
+    return mask if isinstance(mask, str) else None
 
 
 def _scan(

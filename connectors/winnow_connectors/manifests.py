@@ -9,13 +9,14 @@ compared without case, ``_``, ``-`` and spaces, so that ``e_tag``, ``ETag`` and 
 ``size``                               bytes
 ``last_modified``                      or ``last_modified_date``; ISO 8601, UTC where no zone is given
 ``label``, ``split``, ``group``        what is known of the image
+``mask``                               URI of a PNG of class ids: what is known of its pixels
 ``is_latest``, ``is_delete_marker``    S3 Inventory: former versions and deleted objects are left out
 every other column                     becomes metadata of the image, as text
 =====================================  ==========================================================================
 
-URIs without a scheme start at the manifest's folder. CSV inventories of S3 hold URL-encoded keys; they are decoded
-when the file comes from an inventory's ``manifest.json`` or has the columns ``bucket``, ``key`` and one of ``e_tag``,
-``last_modified_date``.
+URIs without a scheme, masks' too, start at the manifest's folder. CSV inventories of S3 hold URL-encoded keys; they
+are decoded when the file comes from an inventory's ``manifest.json`` or has the columns ``bucket``, ``key`` and one of
+``e_tag``, ``last_modified_date``.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ LISTING = pa.schema(
         "label": pa.string(),
         "split": pa.string(),
         "group": pa.string(),
+        "mask": pa.string(),
         "metadata": pa.map_(pa.string(), pa.string()),
     }
 )
@@ -73,6 +75,7 @@ _ROLES = {
     "label": "label",
     "split": "split",
     "group": "group",
+    "mask": "mask",
     "islatest": "is_latest",
     "isdeletemarker": "is_delete_marker",
 }
@@ -160,6 +163,7 @@ class Manifest:
         found["path"] = self._paths(found["uri"])
         for role in ("label", "split", "group"):
             found[role] = filled(as_text(column[role])) if role in column else missing
+        found["mask"] = self._canonical_uris(filled(as_text(column["mask"])), rows) if "mask" in column else missing
         found["size"] = (
             self._checked(column["size"], rows, pa.int64(), r"^\d{1,18}$", "size", "a whole number of bytes")
             if "size" in column
@@ -188,15 +192,20 @@ class Manifest:
             bucket = filled(as_text(column["bucket"]))
             given = pc.binary_join_element_wise("s3://", bucket, "/", key, "")  # the last argument stands between them
         self._refuse(pc.is_null(given), rows, lambda index: "no URI" if "uri" in column else "no bucket or no key")
+        return self._canonical_uris(given, rows)
+
+    def _canonical_uris(self, given: pa.Array, rows: pa.Array) -> pa.Array:
+        """In the one spelling, by the manifest's folder where they are relative; null stays null."""
         given = pc.if_else(
             pc.match_substring_regex(given, _PLAIN_PATH), pc.binary_join_element_wise("file://", given, ""), given
         )
-        values = given.to_pylist() if not pc.all(pc.match_substring_regex(given, _CANONICAL)).as_py() else []
-        if not values:
+        odd = pc.fill_null(pc.invert(pc.match_substring_regex(given, _CANONICAL)), False).to_numpy(zero_copy_only=False)
+        if not odd.any():
             return given
+        values = given.to_pylist()
         faults: list[str] = []
         base = Path(uris.local_path(self.base)) if uris.scheme_of(self.base) == "file" else None
-        for index in np.flatnonzero(~pc.match_substring_regex(given, _CANONICAL).to_numpy(zero_copy_only=False)):
+        for index in np.flatnonzero(odd):
             try:
                 values[index] = self._canonical(values[index], base)
             except CallError as error:

@@ -51,7 +51,7 @@ class IngestResult:
         run_id: None when there was nothing new, so that nothing was written.
         num_listed: objects that the sources listed.
         num_added, num_changed, num_vanished, num_unchanged: images.
-        num_labels: imported.
+        num_labels, num_masks: imported.
         num_unmatched: images whose path does not match the pattern; they came in without what it would have given.
         skipped: listed objects that are no images, by reason; ``listed_twice`` counts further rows of the same uri.
         seconds: by stage.
@@ -66,6 +66,7 @@ class IngestResult:
     num_vanished: int
     num_unchanged: int
     num_labels: int
+    num_masks: int
     num_unmatched: int
     skipped: Mapping[str, int]
     seconds: Mapping[str, float]
@@ -93,7 +94,7 @@ def ingest(
         manifest: take every source as a manifest, whatever its name; a folder or prefix then holds manifests.
         pattern: path pattern relative to the source, such as ``{split}/{label}/*``; ``label``, ``split`` and ``group``
             have their meaning, every other name becomes metadata.
-        task: whose labels come in; the only task of the configuration by default.
+        task: whose labels or masks come in; the only task of that kind in the configuration by default.
         include: globs; the configuration's by default.
         exclude: globs beside the configuration's.
         vanish: mark images of the same sources that are no longer listed as vanished.
@@ -154,6 +155,7 @@ def carry_out(workspace: Workspace, call: IngestCall) -> IngestResult:
                 vanish=call.vanish,
                 task=tally.task,
                 classes=workspace.config.task(tally.task).classes if tally.task else None,
+                mask_task=tally.mask_task,
                 shares=SplitsConfig(**call.splits),
             )
             tally.seconds["compare"] = time.monotonic() - before
@@ -195,6 +197,7 @@ def _result(tally: Tally, run_id: str | None, changes: Changes, started: float, 
         "vanished": changes.num_vanished,
         "unchanged": changes.num_unchanged,
         "labels imported": changes.num_labels,
+        "masks imported": changes.num_masks,
         "skipped": sum(skipped.values()),
     }
     counted = ", ".join(f"{count:,} {name}" for name, count in parts.items() if count) or "no object listed"
@@ -206,6 +209,7 @@ def _result(tally: Tally, run_id: str | None, changes: Changes, started: float, 
         num_vanished=changes.num_vanished,
         num_unchanged=changes.num_unchanged,
         num_labels=changes.num_labels,
+        num_masks=changes.num_masks,
         num_unmatched=tally.num_unmatched,
         skipped=dict(sorted(skipped.items())),
         seconds={name: round(value, 3) for name, value in {**tally.seconds, "total": total}.items()},
@@ -219,14 +223,15 @@ def _publish(
 ) -> IngestResult | None:
     """Write the files, decide, commit. None when the run was abandoned meanwhile: then the changes count anew."""
     before = time.monotonic()
-    num_rows = changes.num_added + 2 * changes.num_changed + changes.num_vanished + changes.num_labels
+    num_rows = changes.num_added + 2 * changes.num_changed + changes.num_vanished
+    num_rows += changes.num_labels + changes.num_masks
     fragments = []
     try:
         with Progress("write", num_rows) as progress:
             num_written = 0
             for table, chunks in (
                 ("images", changes.images(run.run_id, chunk_rows=FRAGMENT_ROWS)),
-                ("labels", changes.labels(run.run_id, tally.task, chunk_rows=FRAGMENT_ROWS)),
+                ("labels", changes.labels(run.run_id, tally.task, tally.mask_task, chunk_rows=FRAGMENT_ROWS)),
             ):
                 for rows in chunks:
                     fragments.append(run.stage(table, rows))
@@ -256,7 +261,7 @@ def _published_by_another(run_id: str, summary: Mapping[str, Any], seconds: Mapp
     counts = dict(summary["counts"])
     named = {
         name: counts.get(name, 0)
-        for name in ("listed", "added", "changed", "vanished", "unchanged", "labels", "unmatched")
+        for name in ("listed", "added", "changed", "vanished", "unchanged", "labels", "masks", "unmatched")
     }
     return IngestResult(
         run_id=run_id,
@@ -272,7 +277,7 @@ def _summary(result: IngestResult) -> dict[str, Any]:
     """Columns of the row in ``runs``."""
     counts = {
         name: getattr(result, f"num_{name}")
-        for name in ("listed", "added", "changed", "vanished", "unchanged", "labels", "unmatched")
+        for name in ("listed", "added", "changed", "vanished", "unchanged", "labels", "masks", "unmatched")
     }
     return {
         "counts": counts | {f"skipped.{reason}": count for reason, count in result.skipped.items()},

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from winnow import uris
+from winnow.config import Kind
 from winnow.errors import CallError
 from winnow.patterns import FIELDS, PathFilter, PathPattern
 from winnow.splits import SPLITS
@@ -39,7 +40,7 @@ class IngestCall:
         sources: canonical URIs.
         manifest: take every source as a manifest.
         pattern: path pattern that gives label, split, group and metadata, such as ``{split}/{label}/*``.
-        task: whose labels come in.
+        task: whose labels come in, or whose masks.
         include, exclude, hidden: which paths are images.
         vanish: mark known images of the sources that are no longer listed.
         stat: ask storage for each object whose version is not told.
@@ -73,20 +74,23 @@ class Tally:
     Attributes:
         num_listed, num_kept: objects listed; of these not skipped.
         num_unmatched: of these with a path that the pattern does not match.
-        num_with_label, num_unversioned: of these with a label; without a version.
+        num_with_label, num_with_mask, num_unversioned: of these with a label; with a mask; without a version.
         skipped: counts by reason.
         seconds: by stage.
         task: whose labels come in; None when there are none.
+        mask_task: whose masks come in; None when there are none.
     """
 
     num_listed: int = 0
     num_kept: int = 0
     num_unmatched: int = 0
     num_with_label: int = 0
+    num_with_mask: int = 0
     num_unversioned: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
     task: str | None = None
+    mask_task: str | None = None
 
 
 class Spool:
@@ -103,7 +107,7 @@ class Spool:
         if call.task is not None:
             self._config.task(call.task)
         elif self._pattern is not None and "label" in self._pattern.names:
-            self._only_task()
+            self._task_of("classification")
         self.path = scratch / "listing.parquet"
 
     def fill(self) -> Tally:
@@ -127,8 +131,7 @@ class Spool:
                     progress.update(tally.num_listed)
                 if tally.num_listed == before:
                     logger.warning("%s lists no object; is the name right?", uris.redact(source.uri))
-        if tally.num_with_label:
-            tally.task = self._call.task or self._only_task()
+        self._choose_tasks(tally)
         tally.seconds["list"] = time.monotonic() - started
         if tally.num_unversioned:
             logger.warning(
@@ -153,6 +156,7 @@ class Spool:
             self._apply_pattern(found, tally)
         _check_splits(found["split"], found["path"], found["row"], listed.origin)
         tally.num_with_label += rows.num_rows - found["label"].null_count
+        tally.num_with_mask += rows.num_rows - found["mask"].null_count
         tally.num_unversioned += found["version"].null_count
         found["number"] = pa.array(np.arange(tally.num_kept, tally.num_kept + rows.num_rows, dtype=np.int64))
         tally.num_kept += rows.num_rows
@@ -170,13 +174,36 @@ class Spool:
         if named:
             found["metadata"] = _merged(found["metadata"], named)
 
-    def _only_task(self) -> str:
-        names = sorted(name for name, task in self._config.tasks.items() if task.kind == "classification")
+    def _choose_tasks(self, tally: Tally) -> None:
+        """Whose labels and masks come in: the task named where it is of that kind, else the only one of the kind."""
+        found: dict[Kind, int] = {"classification": tally.num_with_label, "segmentation": tally.num_with_mask}
+        if self._call.task is not None and any(found.values()):
+            kind = self._config.task(self._call.task).kind
+            if not found.get(kind):
+                there, wanted = (
+                    ("labels of images", "classification") if found["classification"] else ("masks", "segmentation")
+                )
+                raise CallError(
+                    f"{there} come in, but task {self._call.task!r} is a {kind} task; name a {wanted} task with --task"
+                )
+        if tally.num_with_label:
+            tally.task = self._task_of("classification")
+        if tally.num_with_mask:
+            tally.mask_task = self._task_of("segmentation")
+
+    def _task_of(self, kind: Kind) -> str:
+        if self._call.task is not None and self._config.task(self._call.task).kind == kind:
+            return self._call.task
+        names = sorted(name for name, task in self._config.tasks.items() if task.kind == kind)
         if len(names) == 1:
             return names[0]
+        what = "masks" if kind == "segmentation" else "labels"
         if not names:
-            raise CallError("labels come in, but no task is configured; add a [tasks.NAME] section to winnow.toml")
-        raise CallError(f"labels come in, but for which task? Name it with --task: {', '.join(names)}")
+            other = f" with kind = {kind!r}" if kind == "segmentation" else ""
+            raise CallError(
+                f"{what} come in, but no task{other} is configured; add a [tasks.NAME] section to winnow.toml"
+            )
+        raise CallError(f"{what} come in, but for which task? Name it with --task: {', '.join(names)}")
 
 
 def _check_splits(splits: pa.Array, paths: pa.Array, rows: pa.Array, origin: str) -> None:

@@ -56,10 +56,10 @@ def write(path: Path, text: str) -> Path:
 def test_csv_columns_have_their_meaning_and_the_rest_is_metadata(tmp_path: Path) -> None:
     path = write(
         tmp_path / "list.csv",
-        "URI,ETag,size,Last-Modified,label,split,group,camera,note\n"
-        's3://b/a.jpg,"""abc""",12,2026-01-31T10:00:00.5Z,cat,train,g1,north,\n'
-        '"s3://b/with, comma\nand newline.jpg",,,,,,,,"null"\n'
-        "s3://b/%20#?+ .jpg,W/x,3,2026-01-31 10:00:00,  ,,,NaN,x\n",
+        "URI,ETag,size,Last-Modified,label,split,group,mask,camera,note\n"
+        's3://b/a.jpg,"""abc""",12,2026-01-31T10:00:00.5Z,cat,train,g1,masks/a b.png,north,\n'
+        '"s3://b/with, comma\nand newline.jpg",,,,,,,,,"null"\n'
+        "s3://b/%20#?+ .jpg,W/x,3,2026-01-31 10:00:00,  ,,, ,NaN,x\n",
     )
     first, second, third = read(path)
     assert first == {
@@ -72,6 +72,7 @@ def test_csv_columns_have_their_meaning_and_the_rest_is_metadata(tmp_path: Path)
         "label": "cat",
         "split": "train",
         "group": "g1",
+        "mask": (tmp_path / "masks" / "a b.png").as_uri(),
         "metadata": [("camera", "north")],
     }
     assert second["uri"] == "s3://b/with, comma\nand newline.jpg"

@@ -141,6 +141,7 @@ def test_runs_tell_what_was_done(workspace: Workspace, photos: Path) -> None:
         "vanished": 0,
         "unchanged": 0,
         "labels": 3,
+        "masks": 0,
         "unmatched": 1,
         "skipped.system": 1,
         "skipped.archive": 1,
@@ -348,6 +349,78 @@ def test_labels_need_one_task_and_known_classes(tmp_path: Path, photos: Path) ->
     put(photos / "train/cow/5.jpg", "moo")
     with pytest.raises(CallError, match=r"unknown to task 'a': 'cow' \(1 images\); its classes are 'cat', 'dog'"):
         two.ingest([str(photos)], pattern=pattern, task="a")
+
+
+SEGMENTATION = """
+[tasks.parts]
+kind = "segmentation"
+model = "torchvision/lraspp_mobilenet_v3_large"
+"""
+
+
+def masks(workspace: Workspace) -> dict[str, str]:
+    """URI of the current mask by file name."""
+    rows = workspace.query(
+        "SELECT i.uri, l.* EXCLUDE image_id FROM current_labels l JOIN current_images i USING (image_id) "
+        "WHERE l.task = 'parts'"
+    ).to_pylist()
+    assert {(row["event"], row["origin"], row["label"]) for row in rows} <= {("imported", "imported", None)}
+    return {uris.name_of(row["uri"]): json.loads(row["value"])["mask"] for row in rows}
+
+
+def test_masks_come_in_as_labels_of_the_segmentation_task_and_are_not_repeated(tmp_path: Path) -> None:
+    workspace = make_workspace(tmp_path, CONFIG + SEGMENTATION)
+
+    def ingest_list(*rows: str) -> IngestResult:
+        return workspace.ingest([csv(tmp_path / "l.csv", "uri,etag,Mask,label", *rows)])
+
+    first = ingest_list("s3://b/1.jpg,e,masks/1 a.png,cat", "s3://b/2.jpg,e,S3://m/2.png,", "s3://b/3.jpg,e, ,dog")
+    assert (counts(first), first.num_labels, first.num_masks) == ((3, 0, 0, 0), 2, 2)
+    assert first.verdict == "3 added, 2 labels imported, 2 masks imported"
+    expected = {"1.jpg": (tmp_path / "masks" / "1 a.png").as_uri(), "2.jpg": "s3://m/2.png"}
+    assert masks(workspace) == expected
+    images = workspace.query("SELECT DISTINCT metadata FROM images").to_pylist()
+    assert images == [{"metadata": None}], "a mask is no metadata"
+    rows = workspace.query("SELECT task, label FROM labels WHERE value IS NULL ORDER BY label").to_pylist()
+    assert rows == [{"task": "animals", "label": "cat"}, {"task": "animals", "label": "dog"}]
+
+    again = ingest_list("s3://b/1.jpg,e,./masks/1 a.png,cat", "s3://b/2.jpg,e,s3://m/2.png,", "s3://b/3.jpg,e,,dog")
+    assert (again.run_id, again.num_masks) == (None, 0)
+    other = ingest_list("s3://b/1.jpg,e,masks/new.png,cat", "s3://b/2.jpg,e,,", "s3://b/3.jpg,e,s3://m/3.png,dog")
+    assert (counts(other), other.num_labels, other.num_masks) == ((0, 0, 0, 3), 0, 2)
+    expected |= {"1.jpg": (tmp_path / "masks" / "new.png").as_uri(), "3.jpg": "s3://m/3.png"}
+    assert masks(workspace) == expected
+    # A changed object is a new image, and has its mask again.
+    changed = ingest_list("s3://b/1.jpg,f,masks/new.png,cat")
+    assert (changed.num_changed, changed.num_vanished, changed.num_labels, changed.num_masks) == (1, 2, 1, 1)
+    assert masks(workspace) == {"1.jpg": expected["1.jpg"]}
+
+
+def test_masks_need_a_segmentation_task(tmp_path: Path) -> None:
+    listed = csv(tmp_path / "l.csv", "uri,etag,mask", "s3://b/1.jpg,e,s3://m/1.png")
+    both = csv(tmp_path / "b.csv", "uri,etag,mask,label", "s3://b/1.jpg,e,s3://m/1.png,cat")
+    none = make_workspace(tmp_path / "none")
+    with pytest.raises(CallError, match="masks come in, but no task with kind = 'segmentation' is configured"):
+        none.ingest([listed])
+    with pytest.raises(CallError, match=r"masks come in, but task 'animals' is a classification task; .*--task"):
+        none.ingest([listed], task="animals")
+    two = make_workspace(tmp_path / "two", CONFIG + SEGMENTATION + SEGMENTATION.replace("parts", "others"))
+    with pytest.raises(CallError, match=r"masks come in, but for which task.*--task: others, parts"):
+        two.ingest([listed])
+    labels_only = csv(tmp_path / "o.csv", "uri,label", "s3://b/1.jpg,cat")
+    with pytest.raises(CallError, match="labels of images come in, but task 'parts' is a segmentation task"):
+        two.ingest([labels_only], task="parts")
+    assert two.query("SELECT count(*) AS n FROM images").to_pylist() == [{"n": 0}]
+    found = two.ingest([both], task="parts")
+    assert (found.num_labels, found.num_masks) == (1, 1)
+    assert masks(two) == {"1.jpg": "s3://m/1.png"}
+
+
+def test_a_malformed_mask_is_named_with_its_row(tmp_path: Path) -> None:
+    workspace = make_workspace(tmp_path, SEGMENTATION)
+    with pytest.raises(CallError, match=r"l.csv has malformed rows:\n  row 2: .*password"):
+        workspace.ingest([csv(tmp_path / "l.csv", "uri,mask", "s3://b/1,", "s3://b/2,https://me:secret@server/2.png")])
+    assert workspace.query("SELECT count(*) AS n FROM images").to_pylist() == [{"n": 0}]
 
 
 # ------------------------------------------------------------------------------------------------------- exactly once

@@ -20,7 +20,7 @@ Examples:
   winnow ingest photographs/
   winnow ingest s3://bucket/photos/ --pattern '{split}/{label}/*'
   winnow ingest s3://bucket/a/ s3://bucket/b/ --exclude '*.json'
-  winnow ingest list.csv                     # uri, and any of etag, size, last_modified, label, split, group, …
+  winnow ingest list.csv                     # uri, and any of etag, size, label, mask, split, group, …
   winnow ingest --manifest s3://inventory/bucket/daily/2026-01-31T00-00Z/manifest.json
   winnow ingest urls.txt --stat              # http(s):// URIs, one per line; asks each server for size and version
 """
@@ -32,7 +32,7 @@ Examples:
 @click.option(
     "--pattern", help="What the path says: {label}, {split}, {group}, {anything else}; * one part, ** any number."
 )
-@click.option("--task", help="The task whose labels come in; the only one of winnow.toml by default.")
+@click.option("--task", help="The task whose labels or masks come in; the only one of that kind by default.")
 @click.option("--include", multiple=True, metavar="GLOB", help="Take only paths that match; may be repeated.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave out paths that match; may be repeated.")
 @click.option("--no-vanish", is_flag=True, help="Do not mark images that the sources no longer list as vanished.")
@@ -84,6 +84,8 @@ def print_result(result: IngestResult) -> None:
     ]
     if result.num_labels:
         lines.append(("labels imported", f"{result.num_labels:,}"))
+    if result.num_masks:
+        lines.append(("masks imported", f"{result.num_masks:,}"))
     if result.num_unmatched:
         lines.append(("path does not match", f"{result.num_unmatched:,}"))
     lines += [(f"skipped: {reason.replace('_', ' ')}", f"{count:,}") for reason, count in result.skipped.items()]
