@@ -14,7 +14,8 @@
     └── ImageError            one image could not be answered: becomes a row in ``outcomes``
         ├── FetchError        its bytes could not be read
         ├── DecodeError       its bytes are not an image that we can decode
-        └── InferenceError    the model could not answer it
+        ├── InferenceError    the model could not answer it
+        └── AugmentError      no augmented copy or view could be made of it
 
 Errors cross process borders (Ray pickles them), so every class takes exactly the positional arguments that it
 keeps in ``args``.
@@ -25,7 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["fetch", "decode", "infer"]
+Stage = Literal["fetch", "decode", "infer", "augment"]
 
 
 class WinnowError(Exception):
@@ -114,6 +115,12 @@ class InferenceError(ImageError):
     stage: Stage = "infer"
 
 
+class AugmentError(ImageError):
+    """No augmented copy or view could be made."""
+
+    stage: Stage = "augment"
+
+
 @dataclass(frozen=True)
 class FailureKind:
     """What a value of ``outcomes.error`` means.
@@ -152,5 +159,8 @@ FAILURE_KINDS: dict[str, FailureKind] = {
     "crashed": FailureKind("the decoder process died on this image", retryable=True),
     # infer
     "not_finite": FailureKind("the model answered NaN or infinity"),
+    # augment
+    "not_augmented": FailureKind("a transform cannot be applied to this image, such as a crop larger than it"),
+    "bad_mask": FailureKind("the mask of the image's label does not fit the image, or is no mask"),
 }
 """Every value of ``outcomes.error``, with its meaning."""

@@ -1,6 +1,7 @@
 """How sure a classifier is, from its probabilities alone.
 
 Shapes: ``logits_NC`` and ``probabilities_NC`` (N, C), one row per image; results (N,) or (N, k). float32 throughout.
+``probabilities_VNC`` (V, N, C): the same images seen in V ways.
 A row of NaN, which is what ``softmax`` makes of logits that are not all finite, gives NaN everywhere.
 
 Least confidence, margin and entropy are the three measures of Settles, "Active Learning Literature Survey"
@@ -59,9 +60,26 @@ def entropy(probabilities_NC: Floats) -> Float32s:
     High means uncertain (Shannon 1948).
     Divide by ln C to compare tasks of different numbers of classes.
     """
-    wide_NC = probabilities_NC.astype(np.float64)
-    logs_NC = np.log(wide_NC, out=np.zeros_like(wide_NC), where=wide_NC != 0)
-    return np.asarray(np.abs((wide_NC * logs_NC).sum(axis=1)), dtype=np.float32)
+    return np.asarray(_entropy(probabilities_NC.astype(np.float64)), dtype=np.float32)
+
+
+def _entropy(probabilities_NC: NDArray[np.float64]) -> NDArray[np.float64]:
+    logs_NC = np.log(probabilities_NC, out=np.zeros_like(probabilities_NC), where=probabilities_NC != 0)
+    return np.asarray(np.abs((probabilities_NC * logs_NC).sum(axis=1)))
+
+
+def disagreement(probabilities_VNC: Floats) -> Float32s:
+    """How much the views of an image disagree, in nats, float32 (N,), in [0, ln min(V, C)].
+
+    The entropy of the mean minus the mean of the entropies: ``H(1/V Σ p_v) - 1/V Σ H(p_v)``. It is the mutual
+    information of Houlsby et al., "Bayesian Active Learning for Classification and Preference Learning" (2011),
+    equation 2, with views in the place of models; and the Jensen-Shannon divergence of Lin (1991). 0 when all agree,
+    however unsure each may be.
+    """
+    wide_VNC = probabilities_VNC.astype(np.float64)
+    mean_entropy_N = np.mean([_entropy(view_NC) for view_NC in wide_VNC], axis=0)
+    # Never negative but for rounding; NaN stays NaN.
+    return np.asarray(np.maximum(_entropy(wide_VNC.mean(axis=0)) - mean_entropy_N, 0.0), dtype=np.float32)
 
 
 def top_k(probabilities_NC: Floats, k: int) -> tuple[NDArray[np.int64], Float32s]:

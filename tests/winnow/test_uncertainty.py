@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from winnow.uncertainty import confidence, entropy, is_answered, margin, softmax, top_k
+from winnow.uncertainty import Float32s, confidence, disagreement, entropy, is_answered, margin, softmax, top_k
 
 PROBABILITIES = np.array([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3], [0.1, 0.2, 0.7]], dtype=np.float32)
 
@@ -30,6 +30,31 @@ def test_entropy_is_in_nats() -> None:
     third = -(0.1 * math.log(0.1) + 0.2 * math.log(0.2) + 0.7 * math.log(0.7))
     np.testing.assert_allclose(entropy(PROBABILITIES), [1.5 * math.log(2), 0.0, math.log(3), third], rtol=1e-6)
     assert not np.signbit(entropy(PROBABILITIES)).any()
+
+
+def test_disagreement_is_the_entropy_of_the_mean_minus_the_mean_entropy() -> None:
+    sure = np.array([[1.0, 0.0], [0.0, 1.0]], dtype=np.float32)  # two views, each sure of another class
+    unsure = np.full((2, 2), 0.5, dtype=np.float32)
+    mixed = np.array([[0.9, 0.1], [0.5, 0.5]], dtype=np.float32)
+    views_VNC = np.stack([sure, unsure, mixed], axis=1)
+
+    def plain(*values: float) -> float:
+        return -sum(value * math.log(value) for value in values)
+
+    expected = plain(0.7, 0.3) - (plain(0.9, 0.1) + plain(0.5, 0.5)) / 2
+    np.testing.assert_allclose(disagreement(views_VNC), [math.log(2), 0.0, expected], atol=1e-7)
+    assert disagreement(views_VNC).dtype == np.float32
+    views_VNC[0, 1, 0] = np.nan
+    assert np.isnan(disagreement(views_VNC)).tolist() == [False, True, False]
+
+
+@given(arrays.arrays(np.float32, (4, 3, 5), elements=st.floats(-20, 20, width=32)))
+def test_disagreement_is_never_negative_and_at_most_the_logarithm_of_the_views(logits_VNC: Float32s) -> None:
+    found = disagreement(np.stack([softmax(logits_NC) for logits_NC in logits_VNC]))
+    assert (found >= 0).all()
+    assert (found <= math.log(4) + 1e-6).all()
+    one = softmax(logits_VNC[0])
+    assert (disagreement(np.stack([one] * 4)) < 1e-6).all()
 
 
 def test_top_k_is_sorted_and_takes_the_first_of_equals() -> None:
