@@ -4,6 +4,9 @@ Everything passes through Parquet files in a scratch folder, so memory holds a f
 
 An image is known by its uri. Its latest event says whether it is current, and which split and which side of the audit
 reserve it has; these never change. Of a listing that names a uri twice, the first row counts.
+
+Augmented copies are known in the same way and keep their parent. Copies that no finished run has made known yet are
+left out: as images of their own they would get splits of their own.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from winnow import uris
+from winnow.augment import COPY_NAME
 from winnow.config import SplitsConfig
 from winnow.errors import CallError, StorageError
 from winnow.schemas import TABLES
@@ -52,7 +56,7 @@ _NUM_SHOWN = 10
 _KNOWN_SCHEMA = pa.schema(
     [
         (name, TABLES["images"].field(name).type)
-        for name in ("image_id", "event", "uri", "version", "source", "split", "group", "audit")
+        for name in ("image_id", "event", "uri", "version", "source", "split", "group", "audit", "parent")
     ]
     + [("seen_us", pa.int64())]
 )
@@ -60,11 +64,20 @@ _IMPORTED_SCHEMA = pa.schema([("image_id", pa.string()), ("value", pa.string()),
 _IMAGES_SCHEMA = pa.schema(
     [
         pa.field("number", pa.int64()),
-        *(field for field in TABLES["images"] if field.name not in ("seen_at", "run", "parent")),
+        *(field for field in TABLES["images"] if field.name not in ("seen_at", "run")),
     ]
 )
 
 _COMPARE = f"""
+CREATE TABLE unpublished AS
+WITH named AS (
+    SELECT number, uri, regexp_extract(uri, '{COPY_NAME}', 1) AS image_id
+    FROM spooled WHERE regexp_matches(uri, '{COPY_NAME}')
+)
+SELECT number FROM named SEMI JOIN events USING (image_id) ANTI JOIN (SELECT uri FROM events) USING (uri);
+
+CREATE VIEW listing AS SELECT * FROM spooled ANTI JOIN unpublished USING (number);
+
 CREATE TABLE firsts AS SELECT uri, min(number) AS number FROM listing GROUP BY uri;
 
 CREATE TABLE listed AS
@@ -96,7 +109,7 @@ GROUP BY "group";
 _FRESH = """
 SELECT c.number, c.event, c.uri, c.version, w.source, w.size, w.last_modified, w.metadata,
     coalesce(w."group", k."group", c.uri) AS "group",
-    coalesce(k.split, g.split, x.split, w.split) AS split, coalesce(k.audit, g.audit) AS audit
+    coalesce(k.split, g.split, x.split, w.split) AS split, coalesce(k.audit, g.audit) AS audit, k.parent
 FROM compared AS c
 JOIN listing AS w USING (number)
 LEFT JOIN known AS k ON k.uri = c.uri
@@ -106,12 +119,13 @@ WHERE c.event <> 'unchanged'
 """
 
 _GONE = """
-SELECT k.image_id, 'replaced' AS event, k.uri, k.version, k.source, k.split, k."group", k.audit
+SELECT k.image_id, 'replaced' AS event, k.uri, k.version, k.source, k.split, k."group", k.audit, k.parent
 FROM known AS k JOIN compared AS c USING (uri) WHERE c.event = 'changed'
 UNION ALL
-SELECT k.image_id, 'vanished', k.uri, k.version, k.source, k.split, k."group", k.audit
+SELECT k.image_id, 'vanished', k.uri, k.version, k.source, k.split, k."group", k.audit, k.parent
 FROM known AS k ANTI JOIN firsts USING (uri)
 WHERE $vanish AND k.event <> 'vanished' AND k.source IN (SELECT unnest($sources))
+    AND (k.parent IS NULL OR k.seen_us < $listed_us)  -- a copy made since could not be listed
 """
 
 _IMPORTED = """
@@ -139,6 +153,7 @@ class Changes:
         num_added, num_changed, num_vanished: events to write; each changed image also gets a ``replaced`` row.
         num_labels, num_masks: labels to write, of whole images and of their pixels.
         num_splits_kept: images whose listed split differs from the one that they have and keep.
+        num_unpublished: listed objects left out: augmented copies of known images, of a run that is not finished.
     """
 
     folder: Path
@@ -152,6 +167,7 @@ class Changes:
     num_labels: int
     num_masks: int
     num_splits_kept: int
+    num_unpublished: int
 
     @property
     def is_empty(self) -> bool:
@@ -190,6 +206,7 @@ def compare(
     tables: Tables,
     scratch: Path,
     *,
+    listed_at: datetime,
     sources: Sequence[str],
     vanish: bool,
     task: str | None,
@@ -203,6 +220,7 @@ def compare(
         listing: Parquet file of the schema ``SPOOL``.
         tables: the warehouse's tables; all former ingests must be closed.
         scratch: empty folder on this machine.
+        listed_at: when the listing began.
         sources: whose images vanish when they are listed no more.
         vanish: whether they do.
         task: whose labels the listing holds; None when it holds none.
@@ -218,7 +236,7 @@ def compare(
     logger.debug("%d events of images are known", num_events)
     with _connect(scratch) as connection:
         pa.default_memory_pool().release_unused()
-        _view(connection, "listing", listing)
+        _view(connection, "spooled", listing)
         _view(connection, "events", scratch / "events.parquet")
         connection.execute(_COMPARE)
         _check_groups(connection)
@@ -226,7 +244,9 @@ def compare(
             _check_labels(connection, task, classes)
         _copy(connection, _FRESH, scratch / "listed_fresh.parquet")
         _identify(scratch / "listed_fresh.parquet", scratch / "fresh.parquet", shares)
-        _copy(connection, _GONE, scratch / "gone.parquet", {"vanish": vanish, "sources": list(sources)})
+        listed_us = (listed_at - datetime.fromtimestamp(0, UTC)) // timedelta(microseconds=1)
+        values = {"vanish": vanish, "sources": list(sources), "listed_us": listed_us}
+        _copy(connection, _GONE, scratch / "gone.parquet", values)
         _view(connection, "fresh", scratch / "fresh.parquet")
         num_imported = {}
         for column, of_task in (("label", task), ("mask", mask_task)):
@@ -238,6 +258,7 @@ def compare(
                 num_imported[column] = pq.read_metadata(scratch / f"{column}.parquet").num_rows
         events = dict(connection.execute("SELECT event, count(*) FROM compared GROUP BY event").fetchall())
         num_rows = int(_one(connection, "SELECT count(*) FROM listing"))
+        num_unpublished = int(_one(connection, "SELECT count(*) FROM unpublished"))
         kept = int(
             _one(
                 connection,
@@ -259,6 +280,7 @@ def compare(
         num_labels=num_imported["label"],
         num_masks=num_imported["mask"],
         num_splits_kept=kept,
+        num_unpublished=num_unpublished,
     )
 
 
@@ -327,7 +349,7 @@ def _check_labels(connection: duckdb.DuckDBPyConnection, task: str, classes: Seq
 
 def _copy_events(tables: Tables, path: Path) -> tuple[int, int]:
     """Events of images into a local file, without ``replaced`` ones; how many, and the newest time in µs."""
-    condition = pc.is_null(pc.field("parent")) & (pc.field("event") != "replaced")
+    condition = pc.field("event") != "replaced"
     num_rows, newest = 0, 0
     columns = {name: pc.field(name) for name in _KNOWN_SCHEMA.names[:-1]} | {
         "seen_us": pc.field("seen_at").cast(pa.int64())

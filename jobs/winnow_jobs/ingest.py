@@ -53,7 +53,8 @@ class IngestResult:
         num_added, num_changed, num_vanished, num_unchanged: images.
         num_labels, num_masks: imported.
         num_unmatched: images whose path does not match the pattern; they came in without what it would have given.
-        skipped: listed objects that are no images, by reason; ``listed_twice`` counts further rows of the same uri.
+        skipped: listed objects that are no images, by reason; ``listed_twice`` counts further rows of the same uri,
+            ``unpublished_copy`` augmented copies of a run that is not finished.
         seconds: by stage.
         images_per_s: listed objects per second over all.
         verdict: the outcome in one sentence.
@@ -139,6 +140,7 @@ def carry_out(workspace: Workspace, call: IngestCall) -> IngestResult:
     with tempfile.TemporaryDirectory(prefix="winnow-ingest-") as name:
         scratch = Path(name)
         spool = Spool(workspace, call, scratch)
+        listed_at = datetime.now(UTC)
         tally = spool.fill()
         for attempt in range(_MAX_ATTEMPTS):
             # In this order: no ingest is open and none is published unseen between the numbers and the comparison.
@@ -151,6 +153,7 @@ def carry_out(workspace: Workspace, call: IngestCall) -> IngestResult:
                 spool.path,
                 workspace.warehouse.tables,
                 folder,
+                listed_at=listed_at,
                 sources=spool.source_names,
                 vanish=call.vanish,
                 task=tally.task,
@@ -190,7 +193,8 @@ def carry_out(workspace: Workspace, call: IngestCall) -> IngestResult:
 def _result(tally: Tally, run_id: str | None, changes: Changes, started: float, verdict: str = "") -> IngestResult:
     """What was done, in numbers and in words."""
     total = time.monotonic() - started
-    skipped = {**tally.skipped, **({"listed_twice": changes.num_twice} if changes.num_twice else {})}
+    further = {"listed_twice": changes.num_twice, "unpublished_copy": changes.num_unpublished}
+    skipped = {**tally.skipped, **{reason: count for reason, count in further.items() if count}}
     parts = {
         "added": changes.num_added,
         "changed": changes.num_changed,

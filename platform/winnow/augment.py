@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     import torch
     from torchvision.transforms import v2
 
+COPY_NAME = r"/([0-9a-f]{32})-[0-9a-f]{12}-[0-9]+\.(?:png|jpg)$"
+"""How the URI of an augmented copy ends; group 1 is the image_id of its original."""
+
 _CONTAINERS = ("Compose", "RandomApply", "RandomChoice", "RandomOrder")
 _IMAGES_ONLY = ("AugMix", "AutoAugment", "RandAugment", "TrivialAugmentWide")
 """torchvision moves no mask with these."""
@@ -250,6 +253,18 @@ class Policy:
 
         built = _build_all(self.transforms, f"augmentation {self.name!r}")
         return built[0] if len(built) == 1 else v2.Compose(built)
+
+
+def copy_name(parent: str, policy: Policy, copy: int, extension: str) -> str:
+    """Name of copy 1, 2, … of an image under the destination: always the same, so that it is written once.
+
+    Args:
+        parent: image_id of the original.
+        policy: what the copy is made by.
+        copy: its number, which is the number of the view.
+        extension: ``png`` or ``jpg``.
+    """
+    return f"{parent[:2]}/{parent}-{policy.digest}-{copy}.{extension}"
 
 
 def carry_back(values_CHW: torch.Tensor, map_HW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import pytest
 from conftest import S3Server
 from winnow import uris
 from winnow.errors import CallError, OpenRunError
+from winnow_connectors.ledger import Plan, new_run_id
 from winnow_jobs.ingest import IngestCall, IngestResult, ingest
 from winnow_jobs.workspace import Workspace
 from workspaces import kill_driver, storage_section
@@ -195,6 +197,65 @@ def test_image_under_two_sources_of_one_call_is_one(workspace: Workspace, photos
     result = workspace.ingest([str(photos / "train"), str(photos)])
     assert (counts(result), result.skipped) == ((4, 0, 0, 0), {"listed_twice": 2})
     assert current(workspace)[uris.from_path(photos / "train/cat/1.jpg")]["source"] == uris.from_path(photos / "train")
+
+
+def test_copies_keep_their_parent_and_those_of_an_unfinished_run_are_left_out(
+    workspace: Workspace, photos: Path, tmp_path: Path
+) -> None:
+    workspace.ingest([str(photos)])
+    parent = current(workspace)[uris.from_path(photos / "loose.jpg")]
+    copies = tmp_path / "copies"
+    for number in (1, 2):
+        put(copies / f"{parent['image_id']}-0123456789ab-{number}.png", "pixels")
+    put(copies / f"{'0' * 32}-0123456789ab-1.png", "a copy of an image that is not ours")
+    result = workspace.ingest([str(copies)])
+    assert (counts(result), result.skipped) == ((1, 0, 0, 0), {"unpublished_copy": 2})
+
+    publish_copy(workspace, parent, copies / f"{parent['image_id']}-0123456789ab-1.png", copies)
+    result = workspace.ingest([str(copies)])
+    assert (counts(result), result.skipped) == ((0, 0, 0, 2), {"unpublished_copy": 1})
+    uri = uris.from_path(copies / f"{parent['image_id']}-0123456789ab-1.png")
+    put(Path(uris.local_path(uri)), "other pixels")
+    assert counts(workspace.ingest([str(copies)])) == (0, 1, 0, 1)
+    assert (current(workspace)[uri]["parent"], current(workspace)[uri]["group"]) == (
+        parent["image_id"],
+        parent["group"],
+    )
+    Path(uris.local_path(uri)).unlink()
+    assert counts(workspace.ingest([str(copies)])) == (0, 0, 1, 1)
+    assert uri not in current(workspace)
+
+
+def publish_copy(workspace: Workspace, parent: dict[str, Any], path: Path, source: Path) -> None:
+    """What `winnow augment` publishes of one copy."""
+    uri = uris.from_path(path)
+    version = workspace.stores.version(uri)
+    ledger = workspace.warehouse.ledger
+    run = ledger.begin(
+        Plan(
+            run_id=new_run_id("augment"),
+            job="augment",
+            claims=ledger.next_numbers(["augment-test"]),
+            digest="",
+            config={},
+            num_planned=0,
+            started_at=datetime.now(UTC).isoformat(),
+            code_version="",
+        )
+    )
+    assert run is not None
+    row = {name: parent[name] for name in ("split", "group", "audit")} | {
+        "image_id": uris.image_id(uri, version),
+        "seen_at": datetime.now(UTC),
+        "event": "added",
+        "uri": uri,
+        "version": version,
+        "source": uris.from_path(source),
+        "parent": parent["image_id"],
+        "run": run.run_id,
+    }
+    run.decide("finished", [run.stage("images", pa.Table.from_pylist([row]))], {})
+    run.close()
 
 
 def test_manifest_names_images_once_with_metadata(workspace: Workspace, tmp_path: Path) -> None:
