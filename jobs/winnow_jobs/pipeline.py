@@ -1,4 +1,7 @@
-"""The stages of predict on Ray Data: one readable chain, and how it reports and stops."""
+"""The stages of predict on Ray Data: one readable chain. And what every job that asks images shares with it.
+
+That is how workers report, how a failing storage stops the run, and how batches are written.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,8 @@ from winnow_connectors.ledger import Plan
 from winnow_connectors.object_store import ObjectStores
 from winnow_connectors.warehouse import Warehouse
 from winnow_jobs.resources import ResourcePlan
-from winnow_jobs.spec import PredictSpec
-from winnow_jobs.stages import BatchWriter, FetchDecode, Infer
+from winnow_jobs.spec import PredictSpec, ReadSpec
+from winnow_jobs.stages import AnswerWriter, BatchWriter, FetchDecode, Infer
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +72,7 @@ class Board:
         return self._tally
 
 
-class _Reporter:
+class Reporter:
     """A worker's line to the board; a board that is away never harms the work."""
 
     def __init__(self, board: Any) -> None:
@@ -90,20 +93,29 @@ class _Reporter:
 class _FetchDecodeActor(FetchDecode):
     def __init__(self, spec: PredictSpec, warehouse: Warehouse, plan: Plan, board: Any, num_decoders: int) -> None:
         run = warehouse.ledger.at(plan)
-        super().__init__(spec, run, warehouse.stores, _Reporter(board), num_decoders=num_decoders)
+        super().__init__(spec, run, warehouse.stores, Reporter(board), num_decoders=num_decoders)
 
 
 class _InferActor(Infer):
     def __init__(self, spec: PredictSpec, stores: ObjectStores, board: Any, device: str, num_threads: int) -> None:
-        super().__init__(spec, stores, _Reporter(board), device=device, num_threads=num_threads)
+        super().__init__(spec, stores, Reporter(board), device=device, num_threads=num_threads)
 
 
 class _BatchSink(Datasink[None]):
     """Bundles small result tables into batches of ``fragment_rows`` and writes each with its marker."""
 
     def __init__(
-        self, spec: PredictSpec, warehouse: Warehouse, plan: Plan, board: Any, *, attempt: str, generation: int
+        self,
+        writer: type[BatchWriter],
+        spec: ReadSpec,
+        warehouse: Warehouse,
+        plan: Plan,
+        board: Any,
+        *,
+        attempt: str,
+        generation: int,
     ) -> None:
+        self._writer = writer
         self._spec = spec
         self._warehouse = warehouse
         self._plan = plan
@@ -120,8 +132,8 @@ class _BatchSink(Datasink[None]):
         if not tables:
             return
         run = self._warehouse.ledger.at(self._plan)
-        report = _Reporter(self._board)
-        writer = BatchWriter(self._spec, run, report, attempt=self._attempt, generation=self._generation)
+        report = Reporter(self._board)
+        writer = self._writer(self._spec, run, report, attempt=self._attempt, generation=self._generation)
         writer.write(pa.concat_tables(tables))
 
 
@@ -135,7 +147,66 @@ def execute(
     resources: ResourcePlan,
     on_progress: Callable[[Tally], None],
 ) -> Tally:
-    """Ask the missing positions of a plan once: fetch, decode, infer and write them.
+    """Ask the missing positions of a plan once: fetch, decode, infer and write them. See ``work_through``."""
+
+    def stages(chunks: ray.data.Dataset, num_chunks: int, board: Any) -> ray.data.Dataset:
+        return chunks.map_batches(
+            _FetchDecodeActor,
+            fn_constructor_args=(spec, warehouse, plan, board, resources.num_decoders),
+            batch_size=1,
+            batch_format="pyarrow",
+            # Two chunks at a time per actor: while the last images of one are awaited, the next one is under way.
+            compute=ActorPoolStrategy(size=min(resources.num_decode, num_chunks), max_concurrent_calls_per_actor=2),
+            num_cpus=resources.decode_cpus,
+        ).map_batches(
+            _InferActor,
+            fn_constructor_args=(spec, warehouse.stores, board, resources.device, resources.num_threads),
+            batch_size=spec.batch_size,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            compute=ActorPoolStrategy(size=resources.num_infer),
+            num_cpus=resources.infer_cpus,
+            num_gpus=resources.infer_gpus,
+        )
+
+    logger.info("run %s: asking %s images on %s", plan.run_id, f"{num_positions(missing):,}", resources)
+    return work_through(
+        stages,
+        AnswerWriter,
+        spec,
+        warehouse,
+        plan,
+        missing,
+        generation=generation,
+        write_cpus=resources.write_cpus,
+        on_progress=on_progress,
+    )
+
+
+def work_through(
+    stages: Callable[[ray.data.Dataset, int, Any], ray.data.Dataset],
+    writer: type[BatchWriter],
+    spec: ReadSpec,
+    warehouse: Warehouse,
+    plan: Plan,
+    missing: Ranges,
+    *,
+    generation: int,
+    write_cpus: float,
+    on_progress: Callable[[Tally], None],
+) -> Tally:
+    """Send the missing positions of a plan through the stages of a job, once, and write what comes out.
+
+    Args:
+        stages: from chunks of the plan (their dataset, their number, and the board to report to) to outcomes.
+        writer: of the outcomes.
+        spec: what the run does.
+        warehouse: where to.
+        plan: of the run.
+        missing: what to ask.
+        generation: number of stops of the run so far.
+        write_cpus: per writing task.
+        on_progress: told the tally twice a second.
 
     Returns:
         What the workers reported. Batches that were written count even when this raises.
@@ -152,33 +223,11 @@ def execute(
     context.print_on_execution_start = False
     board = ray.remote(num_cpus=0, max_restarts=-1)(Board).remote(spec.max_failure_share)
     chunks = [_chunk_row(ranges, spec.chunk_rows) for ranges in split_ranges(missing, chunk=spec.chunk_rows)]
-    dataset = (
-        ray.data.from_items(chunks, override_num_blocks=len(chunks))
-        .map_batches(
-            _FetchDecodeActor,
-            fn_constructor_args=(spec, warehouse, plan, board, resources.num_decoders),
-            batch_size=1,
-            batch_format="pyarrow",
-            # Two chunks at a time per actor: while the last images of one are awaited, the next one is under way.
-            compute=ActorPoolStrategy(size=min(resources.num_decode, len(chunks)), max_concurrent_calls_per_actor=2),
-            num_cpus=resources.decode_cpus,
-        )
-        .map_batches(
-            _InferActor,
-            fn_constructor_args=(spec, warehouse.stores, board, resources.device, resources.num_threads),
-            batch_size=spec.batch_size,
-            batch_format="pyarrow",
-            zero_copy_batch=True,
-            compute=ActorPoolStrategy(size=resources.num_infer),
-            num_cpus=resources.infer_cpus,
-            num_gpus=resources.infer_gpus,
-        )
-    )
-    logger.info("run %s: asking %s images on %s", plan.run_id, f"{num_positions(missing):,}", resources)
-    sink = _BatchSink(spec, warehouse, plan, board, attempt=secrets.token_hex(8), generation=generation)
+    dataset = stages(ray.data.from_items(chunks, override_num_blocks=len(chunks)), len(chunks), board)
+    sink = _BatchSink(writer, spec, warehouse, plan, board, attempt=secrets.token_hex(8), generation=generation)
     with _watch(board, on_progress):
         try:
-            dataset.write_datasink(sink, ray_remote_args={"num_cpus": resources.write_cpus})
+            dataset.write_datasink(sink, ray_remote_args={"num_cpus": write_cpus})
         except RayError as error:
             tally = _tally(board)
             if tally.stop_reason:

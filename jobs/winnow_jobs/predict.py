@@ -12,17 +12,18 @@ import io
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from winnow import __version__, uris
-from winnow.batches import Selection, num_positions
+from winnow.batches import Ranges, Selection, num_positions
 from winnow.errors import CallError, JobError, StoppedError
 from winnow.models.cards import parse_version
 from winnow.models.loading import obtain_weights
@@ -31,8 +32,8 @@ from winnow_connectors.ledger import Plan, Run, digest_of, new_run_id, totals
 from winnow_connectors.query import QueryEngine
 from winnow_jobs.cluster import check_address, check_all_nodes_see, is_local, ray_cluster
 from winnow_jobs.progress import Progress
-from winnow_jobs.resources import ResourcePlan, plan_batch_size, plan_fragment_rows, plan_resources
-from winnow_jobs.spec import PredictSpec, make_spec
+from winnow_jobs.resources import Node, plan_batch_size, plan_fragment_rows, plan_resources
+from winnow_jobs.spec import PredictSpec, ReadSpec, make_spec
 from winnow_jobs.verdict import Capacity, Verdict, judge
 
 if TYPE_CHECKING:
@@ -53,6 +54,29 @@ _PLAN_SCHEMA = pa.schema(
         pa.field("size", pa.int64()),
     ]
 )
+"""What every plan says of an image; further columns may follow."""
+
+
+class Work(Protocol):
+    """What a job that asks images does in its own way; planning, looping and publishing are the same for all."""
+
+    @property
+    def spec(self) -> ReadSpec:
+        """What is asked, and how images are read."""
+
+    @property
+    def compute(self) -> str:
+        """The stage after decoding, as the verdict calls it."""
+
+    def start(self, workspace: Workspace, run: Run, nodes: Sequence[Node]) -> tuple[Capacity, Execute]:
+        """Plan for the cluster: workers of each stage, and what asks the missing positions once."""
+
+
+class Execute(Protocol):
+    """What asks positions of a plan once."""
+
+    def __call__(self, missing: Ranges, *, generation: int, on_progress: Callable[[Tally], None]) -> Tally:
+        """See ``pipeline.work_through``."""
 
 
 @dataclass(frozen=True)
@@ -158,16 +182,69 @@ def predict(
             break
         claims = ledger.next_numbers(works)
         engine = workspace.query_engine()
-        pending = _pending_sql(spec)
+        pending = pending_sql(spec)
         num_images, *num_asked = engine.sql(_count_sql(pending, len(models))).to_pylist()[0].values()
         if not num_images or dry_run:
             status = "dry run" if dry_run else "nothing to do"
             return PredictResult(status, None, ids, num_asked=sum(int(num or 0) for num in num_asked))
         _check_before_the_start(workspace, models.values())
-        run = _begin(workspace, spec, digest, claims, engine, pending, int(num_images))
+        spec = dataclasses.replace(
+            spec,
+            chunk_rows=max(256, min(8192, int(num_images) // 256)),
+            fragment_rows=plan_fragment_rows(config.predict, int(num_images)),
+        )
+        run = begin(workspace, "predict", spec, digest, claims, engine, pending)
         if run is not None:
             break
-    return work_off(workspace, run, planning_s=time.monotonic() - started)
+    return _carry_on(workspace, run, planning_s=time.monotonic() - started)
+
+
+def resume(workspace: Workspace, run: Run) -> PredictResult:
+    """Finish an open run with the options that it was started with. Raises what ``predict`` raises."""
+    return _carry_on(workspace, run)
+
+
+def _carry_on(workspace: Workspace, run: Run, *, planning_s: float = 0.0) -> PredictResult:
+    spec = PredictSpec.from_dict(run.plan.config["spec"])
+    decided, seconds = work_off(workspace, run, PredictWork(spec), planning_s=planning_s)
+    return PredictResult(
+        status="finished",
+        run_id=run.run_id,
+        models=dict(spec.model_ids),
+        num_asked=decided["num_asked"],
+        num_answered=decided["num_answered"],
+        num_failed=decided["num_failed"],
+        failures=decided["failures"],
+        seconds=seconds,
+        images_per_s=decided["images_per_s"],
+        verdict=decided["verdict"],
+    )
+
+
+class PredictWork:
+    """Fetch, decode and infer."""
+
+    compute = "inference"
+
+    def __init__(self, spec: PredictSpec) -> None:
+        self.spec = spec
+
+    def start(self, workspace: Workspace, run: Run, nodes: Sequence[Node]) -> tuple[Capacity, Execute]:
+        from winnow_jobs.pipeline import execute
+
+        config = workspace.config.predict
+        resources = plan_resources(nodes, config)
+        pixel_bytes = max(3 * math.prod(view.size) if view.size else 1 for view in self.spec.views())
+        batch_size = plan_batch_size(config, device=resources.device, pixel_bytes=pixel_bytes)
+        spec = dataclasses.replace(self.spec, batch_size=batch_size)
+        capacity = Capacity(
+            num_fetch_slots=resources.num_decode * spec.fetch_concurrency,
+            num_decoders=resources.num_decode * resources.num_decoders,
+            num_infer=resources.num_infer,
+            num_cpus=resources.total_cpus,
+            device=resources.device,
+        )
+        return capacity, partial(execute, spec, workspace.warehouse, run.plan, resources=resources)
 
 
 def _check_before_the_start(workspace: Workspace, models: Iterable[ResolvedModel]) -> None:
@@ -214,21 +291,28 @@ def _quote(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _pending_sql(spec: PredictSpec) -> str:
-    """Images with the tasks that ask them: ``asked`` has bit i set for the i-th task."""
+def pending_sql(spec: ReadSpec, *, columns: Sequence[str] = (), only: str = "") -> str:
+    """Images with the tasks that ask them: ``asked`` has bit i set for the i-th task.
+
+    Args:
+        spec: what is asked.
+        columns: further columns of ``current_images``.
+        only: a condition beside the caller's.
+    """
     where, limit = spec.asked["where"], spec.asked["limit"]
     bits = []
-    for bit, (name, task) in enumerate(spec.tasks.items()):
+    for bit, (name, model) in enumerate(spec.model_ids.items()):
         same = f"o.image_id = i.image_id AND o.task = {_quote(name)}"
-        mine = f"{same} AND o.model = {_quote(task.model.id)}"
+        mine = f"{same} AND o.model = {_quote(model)}"
         if spec.asked["retry_failures"]:
             kinds = "" if spec.asked["retry_failures"] == "all" else " AND o.retryable"
             test = f"EXISTS (FROM latest_outcomes o WHERE {mine} AND o.status = 'failed'{kinds})"
         else:
             test = f"NOT EXISTS (FROM outcomes o WHERE {same if spec.asked['new'] else mine})"
         bits.append(f"CASE WHEN {test} THEN {1 << bit} ELSE 0 END")
-    condition = f"WHERE ({where}\n)" if where else ""
-    images = f"SELECT image_id, uri, version, size FROM current_images {condition}"
+    conditions = [f"({condition}\n)" for condition in (where, only) if condition]
+    condition = f"WHERE {' AND '.join(conditions)}" if conditions else ""
+    images = f"SELECT {', '.join(('image_id', 'uri', 'version', 'size', *columns))} FROM current_images {condition}"
     asked = f"SELECT {' + '.join(bits)} AS asked, i.* FROM ({images}) i"
     tail = f" ORDER BY image_id LIMIT {limit}" if limit else ""
     return f"SELECT * FROM ({asked}) WHERE asked > 0{tail}"
@@ -239,31 +323,39 @@ def _count_sql(pending: str, num_tasks: int) -> str:
     return f"SELECT count(*) AS images{sums} FROM ({pending})"
 
 
-def _begin(
+def begin(
     workspace: Workspace,
-    spec: PredictSpec,
+    job: str,
+    spec: ReadSpec,
     digest: str,
     claims: tuple[tuple[str, int], ...],
     engine: QueryEngine,
     pending: str,
-    num_images: int,
+    further: Sequence[pa.Field] = (),
 ) -> Run | None:
-    """Write the plan and claim it. None when another run was faster."""
-    spec = dataclasses.replace(
-        spec,
-        chunk_rows=max(256, min(8192, num_images // 256)),
-        fragment_rows=plan_fragment_rows(workspace.config.predict, num_images),
-    )
-    run_id = new_run_id("predict")
+    """Write the plan and claim it. None when another run was faster.
+
+    Args:
+        workspace: where.
+        job: as the run is called.
+        spec: what it does.
+        digest: of the call.
+        claims: of the works.
+        engine: to ask for the images.
+        pending: the images asked, as ``pending_sql`` gives them.
+        further: columns of ``pending`` that the plan has beside ``_PLAN_SCHEMA``.
+    """
+    run_id = new_run_id(job)
     store = workspace.warehouse.store
+    schema = pa.schema([*_PLAN_SCHEMA, *further])
     num_planned = 0
-    num_asked = dict.fromkeys(spec.tasks, 0)
+    num_asked = dict.fromkeys(spec.model_ids, 0)
     reader = engine.reader(f"{pending} ORDER BY image_id" if not spec.asked["limit"] else pending)
     for chunk, table in enumerate(_chunks(reader, spec.chunk_rows)):
         positions = pa.array(range(num_planned, num_planned + table.num_rows), type=pa.int64())
-        table = table.append_column("position", positions).select(_PLAN_SCHEMA.names).cast(_PLAN_SCHEMA)
+        table = table.append_column("position", positions).select(schema.names).cast(schema)
         masks = table["asked"].to_numpy()
-        for bit, name in enumerate(spec.tasks):
+        for bit, name in enumerate(spec.model_ids):
             num_asked[name] += int((masks >> bit & 1).sum())
         sink = io.BytesIO()
         pq.write_table(table, sink)
@@ -271,7 +363,7 @@ def _begin(
         num_planned += table.num_rows
     plan = Plan(
         run_id=run_id,
-        job="predict",
+        job=job,
         claims=claims,
         digest=digest,
         config={"spec": spec.to_dict(), "num_asked": num_asked},
@@ -300,20 +392,24 @@ def _chunks(reader: pa.RecordBatchReader, num_rows: int) -> Iterator[pa.Table]:
         yield pa.Table.from_batches(held)
 
 
-def work_off(workspace: Workspace, run: Run, *, planning_s: float = 0.0) -> PredictResult:
+def work_off(
+    workspace: Workspace, run: Run, work: Work, *, planning_s: float = 0.0
+) -> tuple[Mapping[str, Any], Mapping[str, float]]:
     """Ask what is still missing of an open run, then publish it.
+
+    Returns:
+        The summary that was decided, and seconds by stage.
 
     Raises:
         StoppedError: access or storage failed for too many images; the run stays open.
         JobError: the run was abandoned meanwhile, or a worker failed for good.
     """
-    spec = PredictSpec.from_dict(run.plan.config["spec"])
     selection = run.select()
     effort = _Effort()
     if not selection.is_complete:
-        selection, effort = _ask(workspace, run, spec, selection)
-    _stop_if_systemic(run, spec, selection)
-    return _publish(run, spec, selection, effort, planning_s)
+        selection, effort = _ask(workspace, run, work, selection)
+    _stop_if_systemic(run, work.spec, selection)
+    return _publish(run, work, selection, effort, planning_s)
 
 
 @dataclass
@@ -327,19 +423,13 @@ class _Effort:
     working_s: float = 0.0
 
 
-def _ask(workspace: Workspace, run: Run, spec: PredictSpec, selection: Selection) -> tuple[Selection, _Effort]:
+def _ask(workspace: Workspace, run: Run, work: Work, selection: Selection) -> tuple[Selection, _Effort]:
     """Run the pipeline until every planned image is in a selected batch."""
     started = time.monotonic()
     effort = _Effort()
     num_before = run.plan.num_planned - num_positions(selection.missing)
-    with Progress("predict", run.plan.num_planned) as progress, ray_cluster(num_cpus=workspace.num_cpus) as nodes:
-        from winnow_jobs.pipeline import execute
-
-        resources = plan_resources(nodes, workspace.config.predict)
-        pixel_bytes = max(3 * math.prod(view.size) if view.size else 1 for view in spec.views())
-        batch_size = plan_batch_size(workspace.config.predict, device=resources.device, pixel_bytes=pixel_bytes)
-        spec = dataclasses.replace(spec, batch_size=batch_size)
-        effort.capacity = _capacity(spec, resources)
+    with Progress(run.plan.job, run.plan.num_planned) as progress, ray_cluster(num_cpus=workspace.num_cpus) as nodes:
+        effort.capacity, execute = work.start(workspace, run, nodes)
         first_answer: list[float] = []
 
         def on_progress(tally: Tally) -> None:
@@ -350,15 +440,7 @@ def _ask(workspace: Workspace, run: Run, spec: PredictSpec, selection: Selection
         for _ in range(_MAX_ROUNDS):
             generation = run.num_stops()
             try:
-                tally = execute(
-                    spec,
-                    workspace.warehouse,
-                    run.plan,
-                    selection.missing,
-                    generation=generation,
-                    resources=resources,
-                    on_progress=on_progress,
-                )
+                tally = execute(selection.missing, generation=generation, on_progress=on_progress)
             except StoppedError as error:
                 run.stop(generation, error.message)
                 raise _stopped(run, error.message) from None
@@ -384,21 +466,11 @@ def _ask(workspace: Workspace, run: Run, spec: PredictSpec, selection: Selection
     return selection, effort
 
 
-def _capacity(spec: PredictSpec, resources: ResourcePlan) -> Capacity:
-    return Capacity(
-        num_fetch_slots=resources.num_decode * spec.fetch_concurrency,
-        num_decoders=resources.num_decode * resources.num_decoders,
-        num_infer=resources.num_infer,
-        num_cpus=resources.total_cpus,
-        device=resources.device,
-    )
-
-
-def _stop_if_systemic(run: Run, spec: PredictSpec, selection: Selection) -> None:
+def _stop_if_systemic(run: Run, spec: ReadSpec, selection: Selection) -> None:
     """The same rule as while working, over the whole run, before anything is published."""
     num_images = sum(marker.num_images for marker in selection.markers)
     num_systemic = sum(marker.num_systemic for marker in selection.markers)
-    if num_images >= _MIN_IMAGES_TO_STOP and num_systemic > spec.max_failure_share * num_images * len(spec.tasks):
+    if num_images >= _MIN_IMAGES_TO_STOP and num_systemic > spec.max_failure_share * num_images * len(spec.model_ids):
         reason = (
             f"{num_systemic:,} of {num_images:,} images could not be read for reasons of access or storage, "
             f"more than max_failure_share = {spec.max_failure_share:g}"
@@ -415,18 +487,20 @@ def _stopped(run: Run, reason: str) -> StoppedError:
     )
 
 
-def _publish(run: Run, spec: PredictSpec, selection: Selection, effort: _Effort, planning_s: float) -> PredictResult:
+def _publish(
+    run: Run, work: Work, selection: Selection, effort: _Effort, planning_s: float
+) -> tuple[Mapping[str, Any], Mapping[str, float]]:
     publishing = time.monotonic()
     counts, seconds = totals(selection)
-    ids = {name: task.model.id for name, task in spec.tasks.items()}
+    tasks = sorted(work.spec.model_ids)
     if run.outcome() is None:
-        _check_conservation(run, spec, selection, counts)
+        _check_conservation(run, tasks, selection, counts)
         seconds |= {"planning": planning_s, "starting": effort.starting_s, "working": effort.working_s}
-        verdict = _verdict(effort, spec, selection, seconds)
-        num_answered = sum(counts.get(f"answered.{name}", 0) for name in spec.tasks)
-        num_failed = sum(counts.get(f"failed.{name}", 0) for name in spec.tasks)
+        verdict = _verdict(effort, work.compute, selection, seconds)
+        num_answered = sum(counts.get(f"answered.{name}", 0) for name in tasks)
+        num_failed = sum(counts.get(f"failed.{name}", 0) for name in tasks)
         summary: dict[str, Any] = {
-            "tasks": sorted(spec.tasks),
+            "tasks": tasks,
             "num_asked": num_answered + num_failed,
             "num_answered": num_answered,
             "num_failed": num_failed,
@@ -446,24 +520,13 @@ def _publish(run: Run, spec: PredictSpec, selection: Selection, effort: _Effort,
     outcome = run.close()
     if outcome["status"] != "finished":
         raise JobError(f"run {run.run_id} was abandoned while it worked: {outcome['summary'].get('verdict')}")
-    decided = outcome["summary"]
-    return PredictResult(
-        status="finished",
-        run_id=run.run_id,
-        models=ids,
-        num_asked=decided["num_asked"],
-        num_answered=decided["num_answered"],
-        num_failed=decided["num_failed"],
-        failures=decided["failures"],
-        seconds={**decided["seconds"], "publishing": time.monotonic() - publishing},
-        images_per_s=decided["images_per_s"],
-        verdict=decided["verdict"],
-    )
+    decided: dict[str, Any] = outcome["summary"]
+    return decided, {**decided["seconds"], "publishing": time.monotonic() - publishing}
 
 
-def _check_conservation(run: Run, spec: PredictSpec, selection: Selection, counts: Mapping[str, int]) -> None:
+def _check_conservation(run: Run, tasks: Sequence[str], selection: Selection, counts: Mapping[str, int]) -> None:
     """Images asked = rows in outcomes, per task; the files say the same."""
-    for name in spec.tasks:
+    for name in tasks:
         asked = run.plan.config["num_asked"][name]
         found = counts.get(f"answered.{name}", 0) + counts.get(f"failed.{name}", 0)
         if found != asked:
@@ -477,7 +540,7 @@ def _check_conservation(run: Run, spec: PredictSpec, selection: Selection, count
         )
 
 
-def _verdict(effort: _Effort, spec: PredictSpec, selection: Selection, seconds: Mapping[str, float]) -> Verdict | None:
+def _verdict(effort: _Effort, compute: str, selection: Selection, seconds: Mapping[str, float]) -> Verdict | None:
     if effort.capacity is None:
         return None
     num_images = sum(marker.num_images for marker in selection.markers)
@@ -486,4 +549,5 @@ def _verdict(effort: _Effort, spec: PredictSpec, selection: Selection, seconds: 
         num_here=effort.num_answered,
         seconds=seconds,
         capacity=effort.capacity,
+        compute=compute,
     )

@@ -100,7 +100,7 @@ def resume(workspace: Workspace, run_id: str) -> PredictResult | IngestResult | 
         return ingest.resume(workspace, run)
     if run.plan.job in ("promote", "rollback"):
         return models.resume(workspace, run)
-    return predict.work_off(workspace, run)
+    return predict.resume(workspace, run)
 
 
 def abandon(workspace: Workspace, run_id: str) -> str:

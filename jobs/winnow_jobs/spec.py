@@ -1,4 +1,4 @@
-"""What a predict run does: everything that its workers need to know, and nothing secret. Part of the plan."""
+"""What a run does: everything that its workers need to know, and nothing secret. Part of the plan."""
 
 from __future__ import annotations
 
@@ -22,13 +22,11 @@ class TaskSpec:
     store_probabilities: bool
 
 
-@dataclass(frozen=True)
-class PredictSpec:
-    """Tasks, and how images are read.
+@dataclass(frozen=True, kw_only=True)
+class ReadSpec:
+    """How a job reads images: what jobs that ask images have in common.
 
     Attributes:
-        tasks: by name.
-        precision: of the models' arithmetic, as asked.
         batch_size: images per table between the stages and per forward pass.
         chunk_rows: images per file of the plan.
         fragment_rows: images per written file.
@@ -36,8 +34,6 @@ class PredictSpec:
         asked: what narrowed the plan (``where``, ``limit``, ``new``, ``retry_failures``).
     """
 
-    tasks: Mapping[str, TaskSpec]
-    precision: Precision
     batch_size: int
     chunk_rows: int
     fragment_rows: int
@@ -52,17 +48,51 @@ class PredictSpec:
     asked: Mapping[str, Any]
     max_bytes_in_flight: int = 512_000_000
 
+    @property
+    def model_ids(self) -> Mapping[str, str]:
+        """Model version by task: what the run asks, in the order of the bits of ``asked``."""
+        raise NotImplementedError
+
+    def views(self) -> tuple[View, ...]:
+        """What each image is decoded to."""
+        raise NotImplementedError
+
+    @property
+    def fingerprints(self) -> bool:
+        """Images get hashes of their pixels: what ``winnow duplicates`` wants beside embeddings."""
+        return False
+
+    def limits(self) -> DecodeLimits:
+        return DecodeLimits(max_bytes=self.max_bytes, max_pixels=self.max_pixels, timeout_s=self.image_timeout_s)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON-able values."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictSpec(ReadSpec):
+    """Tasks, and how images are read.
+
+    Attributes:
+        tasks: by name.
+        precision: of the models' arithmetic, as asked.
+    """
+
+    tasks: Mapping[str, TaskSpec]
+    precision: Precision
+
+    @property
+    def model_ids(self) -> Mapping[str, str]:
+        return {name: task.model.id for name, task in self.tasks.items()}
+
     def views(self) -> tuple[View, ...]:
         """The distinct views of all models, in the order of ``TaskSpec.view_index``."""
         return distinct_views([task.model for task in self.tasks.values()])
 
     @property
     def fingerprints(self) -> bool:
-        """Images get hashes of their pixels: what ``winnow duplicates`` wants beside embeddings."""
         return any(task.kind == "embedding" for task in self.tasks.values())
-
-    def limits(self) -> DecodeLimits:
-        return DecodeLimits(max_bytes=self.max_bytes, max_pixels=self.max_pixels, timeout_s=self.image_timeout_s)
 
     def to_dict(self) -> dict[str, Any]:
         values = dict(vars(self))
@@ -122,13 +152,15 @@ def make_spec(
         batch_size=batch_size,
         chunk_rows=chunk_rows,
         fragment_rows=fragment_rows,
-        fetch_concurrency=config.fetch_concurrency,
-        fetch_timeout_s=config.fetch_timeout_s,
-        retry_timeout_s=config.retry_timeout_s,
-        image_timeout_s=config.image_timeout_s,
-        max_bytes=config.max_bytes,
-        max_pixels=config.max_pixels,
-        max_failure_share=config.max_failure_share,
-        scaled_decoding=config.scaled_decoding,
         asked=asked,
+        **reading(config),
     )
+
+
+def reading(config: PredictConfig) -> dict[str, Any]:
+    """The fields of ``ReadSpec`` that the ``[predict]`` section gives as they are."""
+    names = (
+        *("fetch_concurrency", "fetch_timeout_s", "retry_timeout_s", "image_timeout_s"),
+        *("max_bytes", "max_pixels", "max_failure_share", "scaled_decoding"),
+    )
+    return {name: getattr(config, name) for name in names}

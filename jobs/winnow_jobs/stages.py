@@ -42,13 +42,13 @@ from winnow.answers import (
     rows_of,
     segmentation_answers,
 )
-from winnow.batches import Marker, Ranges, add_up, to_ranges
+from winnow.batches import Fragment, Marker, Ranges, add_up, to_ranges
 from winnow.decoders import Decoded, DecoderPool
 from winnow.errors import FAILURE_KINDS, FetchError, ImageError, InferenceError, StoppedError
 from winnow.images import View
 from winnow_connectors.ledger import Run
 from winnow_connectors.object_store import ObjectStores
-from winnow_jobs.spec import PredictSpec
+from winnow_jobs.spec import PredictSpec, ReadSpec
 
 if TYPE_CHECKING:
     from winnow.models.predictors import Predictor
@@ -80,8 +80,8 @@ _SOURCE = ("sha256", "num_bytes", "format", "width", "height", "pixel_hash", "ph
 
 
 @dataclass(frozen=True)
-class _Answered:
-    """One image after fetching and decoding."""
+class Answered:
+    """One image after fetching and decoding: values of columns, and its views unless it failed."""
 
     row: Mapping[str, Any]
     views: tuple[NDArray[np.uint8], ...] | None
@@ -91,14 +91,14 @@ class FetchDecode:
     """Reads and decodes the images of plan chunks, many at a time, into tables of ``spec.batch_size`` rows.
 
     Args:
-        spec: what the run does.
+        spec: how images are read.
         run: the open run, for its plan.
         stores: access to the images.
         report: told about every table; a returned reason stops the run.
         num_decoders: decoder processes.
     """
 
-    def __init__(self, spec: PredictSpec, run: Run, stores: ObjectStores, report: Report, *, num_decoders: int) -> None:
+    def __init__(self, spec: ReadSpec, run: Run, stores: ObjectStores, report: Report, *, num_decoders: int) -> None:
         self._spec = spec
         self._run = run
         self._stores = stores
@@ -123,11 +123,11 @@ class FetchDecode:
             yield from self._tables(rows)
 
     def _tables(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[pa.Table]:
-        done: queue.SimpleQueue[_Answered | BaseException | None] = queue.SimpleQueue()
+        done: queue.SimpleQueue[Answered | BaseException | None] = queue.SimpleQueue()
         work = asyncio.run_coroutine_threadsafe(self._answer_all(rows, done), self._loop)
         work.add_done_callback(lambda future: done.put(_exception_of(future)))
         try:
-            batch: list[_Answered] = []
+            batch: list[Answered] = []
             while (answered := done.get()) is not None:
                 if isinstance(answered, BaseException):
                     raise answered
@@ -154,7 +154,12 @@ class FetchDecode:
             for row in rows:
                 group.create_task(one(row))
 
-    async def _answer(self, row: Mapping[str, Any]) -> _Answered:
+    async def _answer(self, row: Mapping[str, Any]) -> Answered:
+        meta, data = await self._fetch(row)
+        return Answered(meta, None) if data is None else await self._decode(meta, data)
+
+    async def _fetch(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], bytes | None]:
+        """What is known of the image now, and its bytes unless that is a failure."""
         meta: dict[str, Any] = {name: row[name] for name in ("position", "asked", "image_id")}
         started = time.perf_counter()
         try:
@@ -162,25 +167,31 @@ class FetchDecode:
                 row["uri"], version=row["version"], max_bytes=self._spec.max_bytes, size=row["size"]
             )
         except FetchError as error:
-            meta["fetch_s"] = time.perf_counter() - started
-            return _Answered(meta | _failure(error), None)
-        meta["fetch_s"] = time.perf_counter() - started
-        meta["num_bytes"] = len(data)
+            return meta | {"fetch_s": time.perf_counter() - started} | failure_of(error), None
+        return meta | {"fetch_s": time.perf_counter() - started, "num_bytes": len(data)}, data
+
+    async def _decode(self, meta: Mapping[str, Any], data: bytes) -> Answered:
+        meta = dict(meta)
         decoded: Decoded = await asyncio.wrap_future(self._decoders.submit(data))
         meta |= {"sha256": decoded.sha256, "decode_s": decoded.decode_s}
         if decoded.image is None:
             assert decoded.error is not None
-            return _Answered(meta | _failure(decoded.error), None)
+            return Answered(meta | failure_of(decoded.error), None)
         image = decoded.image
         meta |= {name: getattr(image, name) for name in ("format", "width", "height", "pixel_hash", "phash")}
-        return _Answered(meta, image.views)
+        return Answered(meta, image.views)
 
-    def _table(self, batch: Sequence[_Answered]) -> pa.Table:
+    def _table(self, batch: Sequence[Answered]) -> pa.Table:
+        table = self._read_table(batch)
+        for index, view in enumerate(self._spec.views()):
+            table = table.append_column(f"pixels_{index}", _pixel_column(batch, index, view))
+        return table
+
+    def _read_table(self, batch: Sequence[Answered]) -> pa.Table:
+        """What is known of the images, without their pixels; the board is told."""
         columns: dict[str, pa.Array] = {
             name: pa.array([answered.row.get(name) for answered in batch], type=kind) for name, kind in _META
         }
-        for index, view in enumerate(self._spec.views()):
-            columns[f"pixels_{index}"] = _pixel_column(batch, index, view)
         errors = [answered.row["error"] for answered in batch if answered.row.get("error")]
         reason = self._report(
             read=len(batch), failed=len(errors), systemic=sum(FAILURE_KINDS[kind].systemic for kind in errors)
@@ -209,7 +220,7 @@ class Infer:
         # Each thread computes images of its own and has torch to itself. Threads that share every layer wait for each
         # other at its end, and waste what they wait where other processes want the cores too: docs/benchmarks.md.
         self._num_threads = num_threads if device == "cpu" else 1
-        self._threads = ThreadPoolExecutor(self._num_threads, initializer=_one_torch_thread)
+        self._threads = ThreadPoolExecutor(self._num_threads, initializer=one_torch_thread)
 
         def load_models() -> list[Predictor]:
             from winnow.models.loading import load_all  # here, because it brings torch, which no other stage needs
@@ -273,7 +284,8 @@ class Infer:
         return classification_answers(found, task.model.classes, store_probabilities=task.store_probabilities)
 
 
-def _one_torch_thread() -> None:
+def one_torch_thread() -> None:
+    """Let torch compute in the calling thread alone."""
     import torch
 
     torch.set_num_threads(1)
@@ -282,7 +294,10 @@ def _one_torch_thread() -> None:
 class BatchWriter:
     """Writes the rows of a batch to every table of the run, then its marker."""
 
-    def __init__(self, spec: PredictSpec, run: Run, report: Report, *, attempt: str, generation: int) -> None:
+    seconds: Mapping[str, str]
+    """Column of the seconds spent, by stage."""
+
+    def __init__(self, spec: ReadSpec, run: Run, report: Report, *, attempt: str, generation: int) -> None:
         self._spec = spec
         self._run = run
         self._report = report
@@ -294,7 +309,7 @@ class BatchWriter:
         started = time.perf_counter()
         now = datetime.now(UTC)
         fragments, counts = [], []
-        for bit, name in enumerate(self._spec.tasks):
+        for bit, name in enumerate(self._spec.model_ids):
             asked = table.filter(pa.array((table["asked"].to_numpy() >> bit & 1).astype(bool)))
             if not asked.num_rows:
                 continue
@@ -302,25 +317,14 @@ class BatchWriter:
             fragments.append(self._run.stage("outcomes", outcomes))
             answered = asked.filter(pc.is_valid(asked[f"answer_{name}"]))
             if answered.num_rows:
-                kind = self._spec.tasks[name].kind
-                rows, images = rows_of(kind, pa.concat_arrays(answered[f"answer_{name}"].chunks))
-                rows = self._keyed(rows, answered["image_id"].take(pa.array(images)), name, now)
-                fragments.append(self._run.stage(ANSWER_TABLES[kind], rows))
+                fragments += self._stage_answers(answered, name, now)
             failed = outcomes.filter(pc.equal(outcomes["status"], "failed"))
             counts.append({f"answered.{name}": answered.num_rows, f"failed.{name}": failed.num_rows})
             counts.append(
                 {f"error.{entry['values']}": entry["counts"] for entry in failed["error"].value_counts().to_pylist()}
             )
         total = add_up(counts)
-        seconds = {
-            stage: float(pc.sum(table[column]).as_py() or 0.0)
-            for stage, column in (
-                ("fetching", "fetch_s"),
-                ("decoding", "decode_s"),
-                ("inference", "infer_s"),
-                ("inference_cpu", "infer_cpu_s"),
-            )
-        }
+        seconds = {stage: float(pc.sum(table[column]).as_py() or 0.0) for stage, column in self.seconds.items()}
         seconds["writing"] = time.perf_counter() - started
         systemic = sum(
             int(value)
@@ -341,6 +345,10 @@ class BatchWriter:
         if reason:
             raise StoppedError(reason)
         return marker
+
+    def _stage_answers(self, table: pa.Table, task: str, now: datetime) -> list[Fragment]:
+        """Write the answers of a task, none of them null."""
+        raise NotImplementedError
 
     def _outcomes(self, table: pa.Table, task: str, now: datetime) -> pa.Table:
         unanswered = pc.is_null(table[f"answer_{task}"])
@@ -371,13 +379,34 @@ class BatchWriter:
         keys = {
             "image_id": image_ids,
             "task": pa.repeat(pa.scalar(task), num),
-            "model": pa.repeat(pa.scalar(self._spec.tasks[task].model.id), num),
+            "model": pa.repeat(pa.scalar(self._spec.model_ids[task]), num),
             "run": pa.repeat(pa.scalar(self._run.run_id), num),
             "at": pa.repeat(pa.scalar(now, type=pa.timestamp("us", tz="UTC")), num),
         }
         for name, values in keys.items():
             rows = rows.append_column(name, values)
         return rows
+
+
+class AnswerWriter(BatchWriter):
+    """Writes outcomes and what the models answered."""
+
+    seconds = {  # noqa: RUF012  never changed
+        "fetching": "fetch_s",
+        "decoding": "decode_s",
+        "inference": "infer_s",
+        "inference_cpu": "infer_cpu_s",
+    }
+
+    def __init__(self, spec: PredictSpec, run: Run, report: Report, *, attempt: str, generation: int) -> None:
+        super().__init__(spec, run, report, attempt=attempt, generation=generation)
+        self._kinds = {name: task.kind for name, task in spec.tasks.items()}
+
+    def _stage_answers(self, table: pa.Table, task: str, now: datetime) -> list[Fragment]:
+        kind = self._kinds[task]
+        rows, images = rows_of(kind, pa.concat_arrays(table[f"answer_{task}"].chunks))
+        rows = self._keyed(rows, table["image_id"].take(pa.array(images)), task, now)
+        return [self._run.stage(ANSWER_TABLES[kind], rows)]
 
 
 def read_plan_chunk(run: Run, chunk: int, ranges: Ranges) -> list[dict[str, Any]]:
@@ -391,10 +420,14 @@ def read_plan_chunk(run: Run, chunk: int, ranges: Ranges) -> list[dict[str, Any]
 
 def _exception_of(future: Future[None]) -> BaseException | None:
     """What ended the work early, if anything: the end mark of the queue."""
-    return None if future.cancelled() else future.exception()
+    error = None if future.cancelled() else future.exception()
+    while isinstance(error, BaseExceptionGroup):  # of the task group, which says nothing itself
+        error = error.exceptions[0]
+    return error
 
 
-def _failure(error: ImageError) -> dict[str, Any]:
+def failure_of(error: ImageError) -> dict[str, Any]:
+    """The columns that say why an image failed."""
     return {"stage": error.stage, "error": error.kind, "message": error.message}
 
 
@@ -404,7 +437,7 @@ def _view_shape(view: View) -> tuple[int, int]:
     return view.size
 
 
-def _pixel_column(batch: Sequence[_Answered], index: int, view: View) -> pa.FixedSizeListArray:
+def _pixel_column(batch: Sequence[Answered], index: int, view: View) -> pa.FixedSizeListArray:
     height, width = _view_shape(view)
     pixels_NHWC = np.zeros((len(batch), height, width, 3), dtype=np.uint8)
     for row, answered in enumerate(batch):

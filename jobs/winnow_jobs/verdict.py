@@ -1,4 +1,4 @@
-"""What bounds a predict run, and what share of the measured ceiling it reached.
+"""What bounds a run, and what share of the measured ceiling it reached.
 
 The ceiling is computed from the run's own measurements: seconds of work per image in each stage, and how many
 workers each stage had. Stages overlap, so the slowest stage alone sets the ceiling; on machines without a GPU
@@ -14,6 +14,7 @@ _ADVICE = {
     "fetching": "raise predict.fetch_concurrency, or run closer to the storage",
     "decoding": "give the cluster more CPU cores, or set predict.scaled_decoding = true",
     "inference": "use a GPU, more cores, or a smaller model",
+    "transforming": "give the cluster more CPU cores, or use cheaper transforms or --format jpeg",
     "start-up": "predict more images per run: starting the workers took longer than the work",
 }
 
@@ -34,7 +35,7 @@ class Verdict:
     """What bounds a run.
 
     Attributes:
-        bound_by: ``fetching``, ``decoding``, ``inference`` or ``start-up``.
+        bound_by: ``fetching``, ``decoding``, ``inference`` (or ``transforming``) or ``start-up``.
         images_per_s: while the workers were at work.
         ceiling_images_per_s: what these workers could reach by their own measured times.
         ceiling_share: images_per_s / ceiling_images_per_s, at most 1.
@@ -48,7 +49,14 @@ class Verdict:
     text: str
 
 
-def judge(*, num_images: int, num_here: int, seconds: Mapping[str, float], capacity: Capacity) -> Verdict | None:
+def judge(
+    *,
+    num_images: int,
+    num_here: int,
+    seconds: Mapping[str, float],
+    capacity: Capacity,
+    compute: str = "inference",
+) -> Verdict | None:
     """The verdict on a run, or None when it has too little to measure.
 
     Args:
@@ -58,6 +66,7 @@ def judge(*, num_images: int, num_here: int, seconds: Mapping[str, float], capac
             ``inference`` (busy, summed over actors), ``inference_cpu`` (CPU, summed), ``starting`` (wall, until the
             first image was answered), ``working`` (wall, from then on).
         capacity: workers of each stage.
+        compute: name of the stage after decoding: ``inference`` or ``transforming``.
     """
     working = seconds.get("working", 0.0)
     if not num_images or not num_here or working <= 0:
@@ -67,14 +76,14 @@ def judge(*, num_images: int, num_here: int, seconds: Mapping[str, float], capac
         rates["fetching"] = capacity.num_fetch_slots * num_images / seconds["fetching"]
     decode_cpu = seconds.get("decoding", 0.0) / num_images
     if capacity.device == "cpu":
-        infer_cpu = seconds.get("inference_cpu", 0.0) / num_images
-        rates["inference" if infer_cpu >= decode_cpu else "decoding"] = capacity.num_cpus / max(
+        infer_cpu = seconds.get(f"{compute}_cpu", 0.0) / num_images
+        rates[compute if infer_cpu >= decode_cpu else "decoding"] = capacity.num_cpus / max(
             1e-9, decode_cpu + infer_cpu
         )
     else:
         if decode_cpu:
             rates["decoding"] = capacity.num_decoders / decode_cpu
-        rates["inference"] = capacity.num_infer * num_images / max(1e-9, seconds.get("inference", 0.0))
+        rates[compute] = capacity.num_infer * num_images / max(1e-9, seconds.get(compute, 0.0))
     bound_by = min(rates, key=lambda stage: rates[stage])
     ceiling = rates[bound_by]
     reached = num_here / working
