@@ -25,6 +25,7 @@ from winnow.errors import JobError, StoppedError
 from winnow_connectors.ledger import Plan
 from winnow_connectors.object_store import ObjectStores
 from winnow_connectors.warehouse import Warehouse
+from winnow_jobs.augment import AugmentSpec, CopyWriter, MakeCopies
 from winnow_jobs.resources import ResourcePlan
 from winnow_jobs.spec import PredictSpec, ReadSpec
 from winnow_jobs.stages import AnswerWriter, BatchWriter, FetchDecode, Infer
@@ -92,6 +93,12 @@ class Reporter:
 
 class _FetchDecodeActor(FetchDecode):
     def __init__(self, spec: PredictSpec, warehouse: Warehouse, plan: Plan, board: Any, num_decoders: int) -> None:
+        run = warehouse.ledger.at(plan)
+        super().__init__(spec, run, warehouse.stores, Reporter(board), num_decoders=num_decoders)
+
+
+class _MakeCopiesActor(MakeCopies):
+    def __init__(self, spec: AugmentSpec, warehouse: Warehouse, plan: Plan, board: Any, num_decoders: int) -> None:
         run = warehouse.ledger.at(plan)
         super().__init__(spec, run, warehouse.stores, Reporter(board), num_decoders=num_decoders)
 
@@ -173,6 +180,42 @@ def execute(
     return work_through(
         stages,
         AnswerWriter,
+        spec,
+        warehouse,
+        plan,
+        missing,
+        generation=generation,
+        write_cpus=resources.write_cpus,
+        on_progress=on_progress,
+    )
+
+
+def execute_copies(
+    spec: AugmentSpec,
+    warehouse: Warehouse,
+    plan: Plan,
+    missing: Ranges,
+    *,
+    generation: int,
+    resources: ResourcePlan,
+    on_progress: Callable[[Tally], None],
+) -> Tally:
+    """Make copies of the missing positions of a plan once, in one stage, and write them. See ``work_through``."""
+
+    def stages(chunks: ray.data.Dataset, num_chunks: int, board: Any) -> ray.data.Dataset:
+        return chunks.map_batches(
+            _MakeCopiesActor,
+            fn_constructor_args=(spec, warehouse, plan, board, resources.num_decoders),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=min(resources.num_decode, num_chunks), max_concurrent_calls_per_actor=2),
+            num_cpus=resources.decode_cpus,
+        )
+
+    logger.info("run %s: copying %s images on %s", plan.run_id, f"{num_positions(missing):,}", resources)
+    return work_through(
+        stages,
+        CopyWriter,
         spec,
         warehouse,
         plan,

@@ -62,13 +62,40 @@ def plan_resources(nodes: Sequence[Node], config: PredictConfig) -> ResourcePlan
         CallError: the cluster has no CPU.
     """
     nodes = [node for node in nodes if node.num_cpus > 0]
-    total = sum(node.num_cpus for node in nodes)
-    if total <= 0:
-        raise CallError("the cluster offers no CPU to Ray; start Ray with at least --num-cpus=1")
+    total = _total_cpus(nodes)
     num_gpus = sum(int(node.num_gpus) for node in nodes)
     if num_gpus:
         return _plan_gpu(nodes, num_gpus, total, config)
     return _plan_cpu(nodes, total, config)
+
+
+def plan_copies(nodes: Sequence[Node], config: PredictConfig) -> ResourcePlan:
+    """Plan ``augment``, which has one stage beside writing: an actor per core, with a decoder process each.
+
+    Raises:
+        CallError: the cluster has no CPU.
+    """
+    total = _total_cpus(nodes)
+    num = config.num_decode_workers or sum(max(1, int(node.num_cpus)) for node in nodes if node.num_cpus > 0)
+    return ResourcePlan(
+        device="cpu",
+        num_infer=0,
+        infer_cpus=0.0,
+        infer_gpus=0.0,
+        num_threads=1,
+        num_decode=num,
+        decode_cpus=_share(0.75 * total / num),
+        num_decoders=config.decoders_per_worker or 1,
+        write_cpus=_share(min(0.5, 0.1 * min(node.num_cpus for node in nodes if node.num_cpus > 0))),
+        total_cpus=total,
+    )
+
+
+def _total_cpus(nodes: Sequence[Node]) -> float:
+    total = sum(node.num_cpus for node in nodes if node.num_cpus > 0)
+    if total <= 0:
+        raise CallError("the cluster offers no CPU to Ray; start Ray with at least --num-cpus=1")
+    return total
 
 
 def _plan_cpu(nodes: Sequence[Node], total: float, config: PredictConfig) -> ResourcePlan:

@@ -14,6 +14,7 @@ from winnow.schemas import TABLES
 
 if TYPE_CHECKING:
     from winnow_connectors.registry import Move
+    from winnow_jobs.augment import AugmentResult
     from winnow_jobs.ingest import IngestResult
     from winnow_jobs.predict import PredictResult
     from winnow_jobs.workspace import Workspace
@@ -78,13 +79,13 @@ def show_run(workspace: Workspace, run_id: str) -> dict[str, Any]:
     return {**_open_row(run), "digest": plan.digest, "host": plan.host, "code_version": plan.code_version}
 
 
-def resume(workspace: Workspace, run_id: str) -> PredictResult | IngestResult | Move:
+def resume(workspace: Workspace, run_id: str) -> PredictResult | AugmentResult | IngestResult | Move:
     """Finish an open run with the options it was started with.
 
     Raises:
         CallError: no such run, or it is closed already.
     """
-    from winnow_jobs import ingest, models, predict
+    from winnow_jobs import augment, ingest, models, predict
 
     workspace.warehouse.check()
     ledger = workspace.warehouse.ledger
@@ -100,6 +101,8 @@ def resume(workspace: Workspace, run_id: str) -> PredictResult | IngestResult | 
         return ingest.resume(workspace, run)
     if run.plan.job in ("promote", "rollback"):
         return models.resume(workspace, run)
+    if run.plan.job == "augment":
+        return augment.resume(workspace, run)
     return predict.resume(workspace, run)
 
 

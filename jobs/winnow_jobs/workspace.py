@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from winnow.models.references import ResolvedModel
     from winnow_connectors.query import QueryEngine
     from winnow_connectors.registry import Move, Version
+    from winnow_jobs.augment import AugmentResult
     from winnow_jobs.export_masks import MasksResult
     from winnow_jobs.ingest import IngestResult
     from winnow_jobs.predict import PredictResult
@@ -145,6 +146,25 @@ class Workspace:
         asked = Asked(where=where, limit=limit, new=new, retry_failures=retry_failures)
         return predict(self, tasks, asked, versions=models, dry_run=dry_run)
 
+    def augment(
+        self,
+        policy: str,
+        to: str,
+        *,
+        num_copies: int = 1,
+        where: str | None = None,
+        limit: int | None = None,
+        format: str = "png",
+        retry_failures: str | None = None,
+        dry_run: bool = False,
+    ) -> AugmentResult:
+        """Write augmented copies of images, as images with their parent; see ``winnow_jobs.augment``."""
+        from winnow_jobs.augment import augment
+        from winnow_jobs.predict import Asked
+
+        asked = Asked(where=where, limit=limit, retry_failures=retry_failures)
+        return augment(self, policy, to, asked, num_copies=num_copies, format=format, dry_run=dry_run)
+
     def models(self, task: str | None = None) -> list[Version]:
         """All model versions, by task, the newest first.
 
@@ -168,7 +188,7 @@ class Workspace:
 
         return roll_back(self, task, to)
 
-    def resume(self, run_id: str) -> PredictResult | IngestResult | Move:
+    def resume(self, run_id: str) -> PredictResult | AugmentResult | IngestResult | Move:
         """Finish an open run with the options that it was started with."""
         from winnow_jobs.runs import resume
 

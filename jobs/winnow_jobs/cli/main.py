@@ -21,6 +21,7 @@ _COMMANDS = {
     "init": "Write a commented winnow.toml and create the warehouse.",
     "ingest": "Make images known: folders, buckets, lists, manifests.",
     "predict": "Answer every pending image exactly once.",
+    "augment": "Write augmented copies of images, as images with their parent.",
     "models": "List and show model versions, choose the one that answers.",
     "query": "Ask the tables with SQL.",
     "export": "Write results for other engines (Parquet, CSV, COCO), and masks.",

@@ -22,6 +22,7 @@ from winnow.errors import CallError
 from winnow_jobs.writers import atomic_file, iterate_rows, text_of, write_csv, write_json, write_parquet
 
 if TYPE_CHECKING:
+    from winnow_jobs.augment import AugmentResult
     from winnow_jobs.export import ExportResult
     from winnow_jobs.export_masks import MasksResult
     from winnow_jobs.predict import PredictResult
@@ -81,27 +82,35 @@ def print_table(
 
 def print_predict(result: PredictResult, file: IO[str] | None = None) -> None:
     """Say what a predict call did."""
-    file = file or sys.stdout
     models = ", ".join(f"{task} by {model}" for task, model in sorted(result.models.items()))
     if result.status == "dry run":
         lines = [f"{result.num_asked:,} answers would be asked: {models}"]
     elif result.run_id is None:
         lines = [f"{result.status}: {models}"]
     else:
-        rate = f", {result.images_per_s:,.1f} images/s" if result.images_per_s is not None else ""
-        lines = [
-            f"run {result.run_id} {result.status}: {models}",
-            f"{result.num_asked:,} asked, {result.num_answered:,} answered, {result.num_failed:,} failed{rate}",
-        ]
-        if result.seconds:
-            lines.append("seconds: " + ", ".join(f"{stage} {s:,.1f}" for stage, s in result.seconds.items()))
-        if result.failures:
-            lines.append("failures:")
-            ordered = sorted(result.failures.items(), key=lambda item: (-item[1], item[0]))
-            lines += [f"  {count:>9,}  {kind}" for kind, count in ordered]
-            lines.append('  winnow query "SELECT uri, error, message FROM failures" lists them')
-        if result.verdict:
-            lines.append(result.verdict)
+        lines = [f"run {result.run_id} {result.status}: {models}", *work_lines(result)]
+    print_lines(lines, file)
+
+
+def work_lines(result: PredictResult | AugmentResult) -> list[str]:
+    """Counts, seconds, failures and verdict of a run that asked images."""
+    rate = f", {result.images_per_s:,.1f} images/s" if result.images_per_s is not None else ""
+    lines = [f"{result.num_asked:,} asked, {result.num_answered:,} answered, {result.num_failed:,} failed{rate}"]
+    if result.seconds:
+        lines.append("seconds: " + ", ".join(f"{stage} {s:,.1f}" for stage, s in result.seconds.items()))
+    if result.failures:
+        lines.append("failures:")
+        ordered = sorted(result.failures.items(), key=lambda item: (-item[1], item[0]))
+        lines += [f"  {count:>9,}  {kind}" for kind, count in ordered]
+        lines.append('  winnow query "SELECT uri, error, message FROM failures" lists them')
+    if result.verdict:
+        lines.append(result.verdict)
+    return lines
+
+
+def print_lines(lines: Sequence[str], file: IO[str] | None = None) -> None:
+    """Lines of plain text, to standard output by default."""
+    file = file or sys.stdout
     file.writelines(printable(line, keep="\n") + "\n" for line in lines)
     file.flush()
 
