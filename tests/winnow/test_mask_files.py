@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 
 from winnow.errors import MaskError
 from winnow.mask_files import read_label, read_png, write_png
-from winnow.masks import encode
+from winnow.masks import encode, encode_classes
 from winnow.palette import class_colours
 
 CLASSES = ("background", "cat", "dog")
@@ -180,3 +181,21 @@ def test_segments_that_do_not_fit_are_named() -> None:
 def test_a_malformed_label_gets_a_clear_error(value: str, says: str) -> None:
     with pytest.raises(MaskError, match=says):
         read_label(value, CLASSES, width=4, height=2, read=no_file)
+
+
+def test_real_masks_are_read_as_they_are(shared_data: Path) -> None:
+    folder = shared_data / "segmentation" / "nuclei"
+    files = sorted((folder / "masks").rglob("*.png"))
+    assert len(files) == 170
+    for file in files:
+        with Image.open(file) as image:
+            expected = np.asarray(image)
+        value = json.dumps({"mask": str(file)})
+        size = {"width": expected.shape[1], "height": expected.shape[0]}
+        found = read_label(value, ("background", "nucleus"), **size, read=lambda uri: Path(uri).read_bytes())
+        assert np.array_equal(found, expected)
+        segments = [
+            {"label": ("background", "nucleus")[entry.value], "rle": entry.rle} for entry in encode_classes(found)
+        ]
+        again = read_label(json.dumps({"segments": segments}), ("background", "nucleus"), **size, read=no_file)
+        assert np.array_equal(again, expected)
