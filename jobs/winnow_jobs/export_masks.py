@@ -203,10 +203,11 @@ def class_names(workspace: Workspace, engine: QueryEngine, task: str) -> tuple[s
 
 
 def _recorded_classes(config: Mapping[str, Any], task: str) -> tuple[str, ...]:
-    """The classes of a task's model in the configuration of a run; none where it does not tell."""
-    spec = config.get("tasks", {}).get(task, {})
-    model = spec.get("model", {}) if isinstance(spec, dict) else {}
-    return tuple(model.get("classes") or ()) if isinstance(model, dict) else ()
+    """The classes of a task's model, as the plan of a predict run holds them; none where it does not tell."""
+    try:
+        return tuple(config["spec"]["tasks"][task]["model"]["classes"])
+    except (KeyError, TypeError):
+        return ()
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows

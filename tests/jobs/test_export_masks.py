@@ -18,10 +18,14 @@ import workspaces as ws
 from conftest import S3Server
 from delta_tables import HandMade, at
 from winnow import uris
+from winnow.config import PredictConfig
 from winnow.errors import CallError, QueryError
+from winnow.images import View
 from winnow.mask_files import read_png
 from winnow.masks import encode_classes, resize_to_source
+from winnow.models.references import ResolvedModel
 from winnow_jobs.export_masks import MasksResult
+from winnow_jobs.spec import make_spec
 from winnow_jobs.workspace import Workspace
 
 CLASSES = ("background", "cat", "dog")
@@ -35,7 +39,26 @@ model = "torchvision/lraspp_mobilenet_v3_large"
 [tasks.kind]
 model = "torchvision/mobilenet_v2"
 """
-CONFIG = {"tasks": {"parts": {"kind": "segmentation", "model": {"classes": CLASSES}}}}
+
+
+def recorded(classes: tuple[str, ...] = CLASSES) -> str:
+    """``runs.config`` of a predict run."""
+    model = ResolvedModel(
+        id="parts@1",
+        source="registry",
+        architecture="torchvision/lraspp_mobilenet_v3_large",
+        weights="weights.safetensors",
+        location="models/parts/1/weights.safetensors",
+        sha256=64 * "0",
+        classes=classes,
+        view=View(fit=(520, 520)),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        output="masks",
+    )
+    tasks: dict[str, Any] = {"parts": ("segmentation", model, False)}
+    spec = make_spec(PredictConfig(), tasks, batch_size=0, chunk_rows=0, fragment_rows=0, asked={})
+    return json.dumps({"spec": spec.to_dict(), "num_asked": 1})
 
 
 def photo(number: int, width: int = 60, height: int = 40, **options: Any) -> bytes:
@@ -53,10 +76,12 @@ def mask_of(number: int, width: int, height: int) -> NDArray[np.uint8]:
     return labels
 
 
-def answer(workspace: Workspace, *, run: str = "p1", finished: int = 9) -> dict[str, NDArray[np.uint8]]:
+def answer(
+    workspace: Workspace, *, run: str = "p1", finished: int = 9, classes: tuple[str, ...] = CLASSES
+) -> dict[str, NDArray[np.uint8]]:
     """What a model would answer for all current images, by file name."""
     tables = HandMade(workspace.folder / "warehouse" / "tables", exist=True)
-    tables.add("runs", run_id=run, finished_at=at(finished), config=json.dumps(CONFIG))
+    tables.add("runs", run_id=run, finished_at=at(finished), config=recorded(classes))
     found, outcomes, segments = {}, [], []
     for number, row in enumerate(workspace.query("FROM current_images ORDER BY uri").to_pylist()):
         name = uris.name_of(row["uri"])
@@ -222,6 +247,15 @@ def test_masks_of_other_classes_are_not_mixed(workspace: Workspace, tmp_path: Pa
     file.write_text(json.dumps({"task": "parts", "classes": {"0": "background", "1": "cat"}}))
     assert counts(workspace.export_masks("parts", "out")) == (6, 0, 6, 0)
     assert json.loads(file.read_text())["classes"]["2"] == "dog"
+
+
+def test_classes_are_in_the_order_of_the_model_that_answered_last(workspace: Workspace, tmp_path: Path) -> None:
+    answer(workspace)
+    answer(workspace, run="p2", finished=10, classes=("dog", "eel", "background"))
+    workspace.export_masks("parts", "out")
+    assert json.loads((tmp_path / "out" / "classes.json").read_text())["classes"] == {
+        "0": "dog", "1": "eel", "2": "background", "3": "cat",
+    }  # fmt: skip
 
 
 def test_classes_are_those_of_the_configuration_first(workspace: Workspace, tmp_path: Path) -> None:
