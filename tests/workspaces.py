@@ -220,3 +220,24 @@ def one(workspace: Workspace, statement: str) -> dict[str, Any]:
     rows: list[dict[str, Any]] = workspace.query(statement).to_pylist()
     assert len(rows) == 1, rows
     return rows[0]
+
+
+def leave_open(workspace: Workspace, limit: int | None = None) -> str:
+    """What a driver leaves that dies right after its claim: a plan that nobody works on."""
+    import pytest
+
+    import winnow_jobs.predict as module
+
+    class Died(BaseException):
+        pass
+
+    def die(*_: object, **__: object) -> None:
+        raise Died
+
+    original, module.work_off = module.work_off, die  # type: ignore[assignment]
+    try:
+        with pytest.raises(Died):
+            workspace.predict(limit=limit)
+    finally:
+        module.work_off = original
+    return workspace.warehouse.ledger.open_runs()[-1].run_id

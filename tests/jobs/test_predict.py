@@ -133,7 +133,7 @@ def test_new_asks_only_images_that_no_version_has_answered(workspace: Workspace)
 
 def test_an_open_run_is_joined_by_the_same_call_and_refused_to_others(workspace: Workspace) -> None:
     add(workspace, 0, 30)
-    run_id = leave_open(workspace)
+    run_id = ws.leave_open(workspace)
     with pytest.raises(OpenRunError, match=f"winnow runs abandon {run_id}"):
         workspace.predict(limit=3)
     assert workspace.runs().to_pylist()[0]["status"] == "open"
@@ -145,11 +145,11 @@ def test_an_open_run_is_joined_by_the_same_call_and_refused_to_others(workspace:
 
 def test_an_open_run_is_resumed_with_its_own_options_or_abandoned(workspace: Workspace) -> None:
     add(workspace, 0, 30)
-    run_id = leave_open(workspace, limit=4)
+    run_id = ws.leave_open(workspace, limit=4)
     assert workspace.resume(run_id).num_answered == 4
     with pytest.raises(CallError, match="finished already"):
         workspace.resume(run_id)
-    second = leave_open(workspace, limit=5)
+    second = ws.leave_open(workspace, limit=5)
     assert workspace.abandon(second) == "abandoned"
     with pytest.raises(CallError, match="abandoned already"):
         workspace.abandon(second)
@@ -160,25 +160,6 @@ def test_an_open_run_is_resumed_with_its_own_options_or_abandoned(workspace: Wor
         "status"
     ].to_pylist()
     assert statuses == ["finished", "abandoned", "finished"]
-
-
-def leave_open(workspace: Workspace, limit: int | None = None) -> str:
-    """What a driver leaves that dies right after its claim: a plan that nobody works on."""
-    import winnow_jobs.predict as module
-
-    class Died(BaseException):
-        pass
-
-    def die(*_: object, **__: object) -> None:
-        raise Died
-
-    original, module.work_off = module.work_off, die  # type: ignore[assignment]
-    try:
-        with pytest.raises(Died):
-            workspace.predict(limit=limit)
-    finally:
-        module.work_off = original
-    return workspace.warehouse.ledger.open_runs()[-1].run_id
 
 
 @pytest.fixture

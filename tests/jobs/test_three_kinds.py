@@ -171,14 +171,11 @@ def test_every_image_is_decoded_once_for_all_tasks(
     workspace: Workspace, web: FaultyHttp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The stages themselves, without Ray, with the real decoders counted."""
-    import winnow_jobs.predict as predict_module
     from winnow_jobs.spec import PredictSpec
-    from winnow_jobs.stages import BatchWriter, FetchDecode, Infer
+    from winnow_jobs.stages import AnswerWriter, FetchDecode, Infer
 
     serve(workspace, web)
-    monkeypatch.setattr(predict_module, "work_off", lambda workspace, run, **_: run)
-    run: Any = workspace.predict()
-    monkeypatch.undo()
+    run = workspace.warehouse.ledger.load(ws.leave_open(workspace))
     decoded: list[int] = []
     submit = DecoderPool.submit
 
@@ -192,7 +189,7 @@ def test_every_image_is_decoded_once_for_all_tasks(
     fetch = FetchDecode(spec, run, workspace.stores, lambda **_: None, num_decoders=1)
     infer = Infer(spec, workspace.stores, lambda **_: None, device="cpu", num_threads=1)
     assert len(infer._predictors) == 2  # one backbone answers two of the three tasks
-    writer = BatchWriter(spec, run, lambda **_: None, attempt="a", generation=0)
+    writer = AnswerWriter(spec, run, lambda **_: None, attempt="a", generation=0)
     import pyarrow as pa
 
     chunks = pa.table({"chunk": [0], "starts": [[0]], "stops": [[NUM_IMAGES]]})
