@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from winnow_jobs.export_masks import MasksResult
     from winnow_jobs.ingest import IngestResult
     from winnow_jobs.predict import PredictResult
+    from winnow_jobs.search import SearchResult
 
 
 class Workspace:
@@ -187,6 +188,12 @@ class Workspace:
         from winnow_jobs.models import roll_back
 
         return roll_back(self, task, to)
+
+    def search(self, image: str, **options: Any) -> SearchResult:
+        """The images most like an image_id, URI or file; see ``winnow_jobs.search.search`` for the options."""
+        from winnow_jobs.search import search
+
+        return search(self, image, **options)
 
     def resume(self, run_id: str) -> PredictResult | AugmentResult | IngestResult | Move:
         """Finish an open run with the options that it was started with."""

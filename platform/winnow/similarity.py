@@ -9,7 +9,7 @@ Legend: D numbers in a vector of length 1, so that a product is a cosine; M quer
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,11 +57,11 @@ class Nearest:
         rows, columns = rows[order], columns[order]
         self._insert(columns, scores_NM[rows, columns], indices_N[rows])
 
-    def merge(self, keys_MK: Integers, *, first: int = 0) -> None:
-        """Take in what another ``Nearest`` has found for the queries from ``first`` on: its ``keys``."""
-        own = self.keys[first : first + len(keys_MK)]
-        better = np.flatnonzero(keys_MK.max(axis=1) > own.min(axis=1))
-        own[better] = _largest(np.concatenate((own[better], keys_MK[better]), axis=1), own.shape[1])
+    def merge(self, queries: Integers, keys: Integers) -> None:
+        """Take in what another ``Nearest`` has found for some of the queries: its ``keys``, (len(queries), K)."""
+        better = keys.max(axis=1) > self.keys[queries].min(axis=1)
+        queries, keys = queries[better], keys[better]
+        self.keys[queries] = _largest(np.concatenate((self.keys[queries], keys), axis=1), self.keys.shape[1])
 
     def best(self) -> tuple[Floats, Integers]:
         """Scores and indices of the nearest, best first: float32 and int64 (M, K); -inf and -1 where there is none."""
@@ -167,21 +167,17 @@ class NearRule:
 
 @dataclass(frozen=True)
 class Block:
-    """Vectors that follow each other.
+    """Some of the vectors that are compared.
 
     Attributes:
-        start: index of the first.
+        indices_N: their numbers among all vectors, int64.
         vectors_ND: float32, of length 1.
         hashes_N: perceptual hashes, uint64; 0 where unknown.
     """
 
-    start: int
+    indices_N: Integers
     vectors_ND: Floats
     hashes_N: NDArray[np.uint64]
-
-    @property
-    def indices_N(self) -> Integers:
-        return np.arange(self.start, self.start + len(self.vectors_ND), dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -189,13 +185,13 @@ class Strip:
     """What the comparison of one block with itself and all blocks after it found.
 
     Attributes:
-        nearest: per block, in order: its start and the keys of ``Nearest`` of its vectors.
+        nearest: for the vectors of each block their indices, and the keys of a ``Nearest``.
         links: two index arrays: pairs that join the same groups as all near-duplicate pairs of the strip would, but
             no more pairs than there are vectors.
     """
 
-    nearest: Sequence[tuple[int, Integers]] = field(default=())
-    links: tuple[Integers, Integers] = field(default_factory=lambda: (np.zeros(0, np.int64), np.zeros(0, np.int64)))
+    nearest: Sequence[tuple[Integers, Integers]]
+    links: tuple[Integers, Integers]
 
 
 def compare_strip(blocks: Sequence[Callable[[], Block]], k: int, rule: NearRule) -> Strip:
@@ -208,7 +204,7 @@ def compare_strip(blocks: Sequence[Callable[[], Block]], k: int, rule: NearRule)
     """
     first = blocks[0]()
     rows = Nearest(len(first.vectors_ND), k)
-    nearest: list[tuple[int, Integers]] = []
+    nearest = [(first.indices_N, rows.keys)]
     links: list[tuple[Integers, Integers]] = []
     for number, give in enumerate(blocks):
         block = first if number == 0 else give()
@@ -221,11 +217,11 @@ def compare_strip(blocks: Sequence[Callable[[], Block]], k: int, rule: NearRule)
         else:
             columns = Nearest(len(block.vectors_ND), k)
             columns.update_transposed(scores, first.indices_N)
-            nearest.append((block.start, columns.keys))
+            nearest.append((block.indices_N, columns.keys))
         rows.update(scores, block.indices_N)
-        links.append(reduce_links(first.start + near, block.start + others))
+        links.append(reduce_links(first.indices_N[near], block.indices_N[others]))
     us, vs = zip(*links, strict=True)
-    return Strip(((first.start, rows.keys), *nearest), reduce_links(np.concatenate(us), np.concatenate(vs)))
+    return Strip(nearest, reduce_links(np.concatenate(us), np.concatenate(vs)))
 
 
 def reduce_links(us: Integers, vs: Integers) -> tuple[Integers, Integers]:

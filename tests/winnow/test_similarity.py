@@ -52,7 +52,7 @@ def test_nearest_is_brute_force_however_the_blocks_are_cut_and_ordered(
             nearest.update(scores[:, start:stop], indices)
         part = Nearest(queries, k)
         part.update(scores[:, start:stop], indices)
-        whole.merge(part.keys, first=2)
+        whole.merge(np.arange(2, 2 + queries), part.keys)
     for found in (nearest, whole):
         values, indices = (array[-queries:] for array in found.best())
         assert values.dtype == np.float32
@@ -95,7 +95,11 @@ def made_blocks(num: int, dimensions: int, rows: int, seed: int) -> tuple[list[B
     vectors = normalised(centres[rng.integers(0, len(centres), num)] + 0.3 * rng.standard_normal((num, dimensions)))
     vectors[rng.random(num) < 0.2] = vectors[0]
     hashes = rng.choice(np.array([0, 1 << 63, 0x0F0F0F0F0F0F0F0F, 0x0F0F0F0F0F0F0F0C, 2**64 - 1], np.uint64), num)
-    blocks = [Block(at, vectors[at : at + rows], hashes[at : at + rows]) for at in range(0, num, rows)]
+    order = rng.permutation(num)
+    blocks = [
+        Block(order[at : at + rows], vectors[order[at : at + rows]], hashes[order[at : at + rows]])
+        for at in range(0, num, rows)
+    ]
     return blocks, vectors, hashes
 
 
@@ -103,8 +107,8 @@ def compare_all(blocks: list[Block], num: int, k: int, rule: NearRule) -> tuple[
     nearest, us, vs = Nearest(num, k), [], []
     for number in reversed(range(len(blocks))):
         strip: Strip = compare_strip([lambda b=block: b for block in blocks[number:]], k, rule)
-        for start, keys in strip.nearest:
-            nearest.merge(keys, first=start)
+        for indices, keys in strip.nearest:
+            nearest.merge(indices, keys)
         us.append(strip.links[0])
         vs.append(strip.links[1])
     return nearest, components(num, np.concatenate(us), np.concatenate(vs))
@@ -141,7 +145,10 @@ def test_equal_vectors_cost_no_more_memory_than_others() -> None:
     rng = np.random.default_rng(0)
     peaks = []
     for vectors in (normalised(rng.standard_normal((3_000, 16))), np.tile(np.eye(1, 16, dtype=np.float32), (3_000, 1))):
-        blocks = [Block(at, vectors[at : at + 500], np.zeros(500, np.uint64)) for at in range(0, 3_000, 500)]
+        blocks = [
+            Block(np.arange(at, at + 500), vectors[at : at + 500], np.zeros(500, np.uint64))
+            for at in range(0, 3_000, 500)
+        ]
         tracemalloc.start()
         _, labels = compare_all(blocks, 3_000, 3, RULE)
         peaks.append(tracemalloc.get_traced_memory()[1])

@@ -38,6 +38,18 @@ _MIN_COLUMN = 12
 _TIME = re.compile(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?Z")
 
 
+def choose_format(format: str | None, as_json: bool, output: Path | None) -> str:
+    """The format that the options ask for: --format, --json, or else as the name of --output ends.
+
+    Raises:
+        CallError: two of them contradict each other.
+    """
+    if as_json and format not in (None, "json"):
+        raise CallError(f"--json and --format {format} contradict each other; give one of them")
+    ending = output.suffix.lstrip(".").lower() if output is not None else ""
+    return format or ("json" if as_json else ending if ending in FORMATS else "table")
+
+
 def print_table(
     data: pa.Table | pa.RecordBatchReader,
     format: str = "table",

@@ -45,13 +45,9 @@ def command(
     Views: results, current_images, latest_predictions, latest_outcomes, failures, current_labels. SHOW TABLES lists
     all, DESCRIBE results shows the columns. A wrong query shows the engine's message and the columns there are.
     """
-    from winnow_jobs.cli.output import print_table
+    from winnow_jobs.cli.output import choose_format, print_table
 
-    if as_json and format not in (None, "json"):
-        raise click.UsageError(f"--json and --format {format} contradict each other; give one of them")
+    format = choose_format(format, as_json, output)
     if statement == "-":
         statement = sys.stdin.read()
-    if format is None:
-        ending = output.suffix.lstrip(".").lower() if output is not None else ""
-        format = "json" if as_json else ending if ending in ("csv", "json", "parquet") else "table"
     print_table(call.workspace.query_reader(statement), format, output=output, overwrite=overwrite, max_rows=max_rows)
