@@ -83,6 +83,21 @@ SELECT n.image_id, s.uri, s.split, n.task, n.model, n.outlier_score, n.k, n.near
     coalesce(s.{_CURRENT}, false) AS current
 FROM neighbours AS n SEMI JOIN compared USING (task, run) LEFT JOIN seen AS s USING (image_id)
 """,
+    # In one place for training, selection and SQL: of a picture that lies in several splits the earlier ones are lost.
+    "quarantined": f"""
+WITH {_FINISHED}, {_LAST_SEEN}, {_LAST_COMPARED},
+sides AS (
+    SELECT d.task, d.group_id, s.*,
+        CASE WHEN s.audit OR s.split = 'test' THEN 2 WHEN s.split = 'val' THEN 1 ELSE 0 END AS side
+    FROM duplicates AS d SEMI JOIN compared USING (task, run) JOIN seen AS s USING (image_id)
+    WHERE s.{_CURRENT}
+)
+SELECT image_id, uri, split, task, group_id,
+    CASE max(side) OVER same WHEN 2 THEN 'test' ELSE 'val' END AS leaks_into
+FROM sides
+WINDOW same AS (PARTITION BY task, group_id)
+QUALIFY side < max(side) OVER same
+""",
     # Of each annotation the last event counts (of two at one time: the deletion); then one label per image and task.
     "current_labels": f"""
 WITH {_FINISHED},

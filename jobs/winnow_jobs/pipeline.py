@@ -275,7 +275,7 @@ def work_through(
             tally = _tally(board)
             if tally.stop_reason:
                 raise StoppedError(tally.stop_reason) from None
-            raise JobError(f"a worker failed for good: {_root_cause(error)}") from error
+            raise JobError(f"a worker failed for good: {root_cause(error)}") from error
     return _tally(board)
 
 
@@ -323,7 +323,7 @@ class _watch:
                 logger.debug("no progress this time: %s", error)
 
 
-def _root_cause(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """What a worker died of, on one line. Ray wraps it in errors whose text ends with the worker's traceback."""
     cause: BaseException = error
     while isinstance(inner := getattr(cause, "cause", None), BaseException):

@@ -15,6 +15,7 @@ from winnow.schemas import TABLES
 if TYPE_CHECKING:
     from winnow_connectors.registry import Move
     from winnow_jobs.augment import AugmentResult
+    from winnow_jobs.duplicates import DuplicatesResult
     from winnow_jobs.ingest import IngestResult
     from winnow_jobs.predict import PredictResult
     from winnow_jobs.workspace import Workspace
@@ -79,13 +80,13 @@ def show_run(workspace: Workspace, run_id: str) -> dict[str, Any]:
     return {**_open_row(run), "digest": plan.digest, "host": plan.host, "code_version": plan.code_version}
 
 
-def resume(workspace: Workspace, run_id: str) -> PredictResult | AugmentResult | IngestResult | Move:
+def resume(workspace: Workspace, run_id: str) -> PredictResult | AugmentResult | IngestResult | DuplicatesResult | Move:
     """Finish an open run with the options it was started with.
 
     Raises:
         CallError: no such run, or it is closed already.
     """
-    from winnow_jobs import augment, ingest, models, predict
+    from winnow_jobs import augment, duplicates, ingest, models, predict
 
     workspace.warehouse.check()
     ledger = workspace.warehouse.ledger
@@ -99,6 +100,8 @@ def resume(workspace: Workspace, run_id: str) -> PredictResult | AugmentResult |
         raise CallError(f"run {run_id} is {outcome['status']} already; there is nothing to resume")
     if run.plan.job == "ingest":
         return ingest.resume(workspace, run)
+    if run.plan.job == "duplicates":
+        return duplicates.resume(workspace, run)
     if run.plan.job in ("promote", "rollback"):
         return models.resume(workspace, run)
     if run.plan.job == "augment":

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from winnow_connectors.query import QueryEngine
     from winnow_connectors.registry import Move, Version
     from winnow_jobs.augment import AugmentResult
+    from winnow_jobs.duplicates import DuplicatesResult
     from winnow_jobs.export_masks import MasksResult
     from winnow_jobs.ingest import IngestResult
     from winnow_jobs.predict import PredictResult
@@ -195,7 +196,13 @@ class Workspace:
 
         return search(self, image, **options)
 
-    def resume(self, run_id: str) -> PredictResult | AugmentResult | IngestResult | Move:
+    def duplicates(self, **options: Any) -> DuplicatesResult:
+        """Find duplicates and outliers; see ``winnow_jobs.duplicates.duplicates`` for the options."""
+        from winnow_jobs.duplicates import duplicates
+
+        return duplicates(self, **options)
+
+    def resume(self, run_id: str) -> PredictResult | AugmentResult | IngestResult | DuplicatesResult | Move:
         """Finish an open run with the options that it was started with."""
         from winnow_jobs.runs import resume
 

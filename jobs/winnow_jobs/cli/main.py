@@ -24,6 +24,7 @@ _COMMANDS = {
     "augment": "Write augmented copies of images, as images with their parent.",
     "models": "List and show model versions, choose the one that answers.",
     "search": "Find the images most like one image.",
+    "duplicates": "Find images that show the same, and images unlike all others.",
     "query": "Ask the tables with SQL.",
     "export": "Write results for other engines (Parquet, CSV, COCO), and masks.",
     "runs": "List, show, resume or abandon runs.",

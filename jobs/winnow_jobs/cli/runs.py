@@ -62,7 +62,8 @@ def resume(call: Call, run_id: str, as_json: bool) -> None:
     """Finish an open run with the options it was started with."""
     from winnow_connectors.registry import Move
     from winnow_jobs.augment import AugmentResult
-    from winnow_jobs.cli import augment, ingest, models, output
+    from winnow_jobs.cli import augment, duplicates, ingest, models, output
+    from winnow_jobs.duplicates import DuplicatesResult
     from winnow_jobs.ingest import IngestResult
 
     result = call.workspace.resume(run_id)
@@ -72,6 +73,8 @@ def resume(call: Call, run_id: str, as_json: bool) -> None:
         ingest.print_result(result)
     elif isinstance(result, AugmentResult):
         augment.print_result(result)
+    elif isinstance(result, DuplicatesResult):
+        duplicates.print_result(result)
     elif isinstance(result, Move):
         models.print_move(result)
     else:
