@@ -83,7 +83,7 @@ def publish(
             "pixel_hash": [f"pixels-{number}" for number in numbers],
         }
         for name, values in columns.items():
-            default = {"split": "train", "audit": False, "width": 40, "height": 30}.get(name)
+            default = {"split": "train", "audit": False, "width": 40, "height": 30, "num_bytes": 1000}.get(name)
             base = varied.setdefault(name, [default] * len(numbers))
             varied[name] = [values.get(number, value) for number, value in zip(numbers, base, strict=True)]
         constant = {

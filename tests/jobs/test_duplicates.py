@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,17 @@ def test_copies_and_near_duplicates_form_groups(workspace: Workspace) -> None:
         "job": "duplicates",
         "status": "finished",
     }
+
+
+def test_the_representative_has_most_pixels_then_is_the_first_then_the_largest_file(workspace: Workspace) -> None:
+    same = {number: f"group-{number // 3}" for number in range(9)}
+    first = dict.fromkeys(range(9), made.NOW)
+    made.publish(
+        workspace, spread(9), sha256=same, width={1: 41}, seen_at=first | {5: made.NOW - timedelta(1)},
+        num_bytes={7: 1001},
+    )  # fmt: skip
+    workspace.duplicates()
+    assert {row["representative"] for row in groups(workspace).values()} == {1, 5, 7}
 
 
 def test_outliers_are_far_from_their_kth_neighbour_and_copies_count_once(workspace: Workspace) -> None:
