@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from winnow import __version__, uris
+from winnow.augment import Policy
 from winnow.batches import Ranges, Selection, num_positions
 from winnow.errors import CallError, JobError, StoppedError
 from winnow.models.cards import parse_version
@@ -158,8 +159,6 @@ def predict(
     workspace.warehouse.check()
     named = versions_by_task(versions, chosen)
     models = {name: workspace.task_model(name, named.get(name)) for name in chosen}
-    ids = {name: model.id for name, model in models.items()}
-    works = [work_name(name, model) for name, model in models.items()]
     spec = make_spec(
         config.predict,
         {name: (task.kind, models[name], task.store_probabilities) for name, task in chosen.items()},
@@ -167,7 +166,10 @@ def predict(
         chunk_rows=0,
         fragment_rows=config.predict.fragment_rows,
         asked=dataclasses.asdict(asked),
+        augmented=_augmented(workspace, models),
     )
+    ids = dict(spec.model_ids)
+    works = [work_name(name, model) for name, model in ids.items()]
     digest = digest_of(spec.answers_digest_source())
     ledger = workspace.warehouse.ledger
     while True:
@@ -282,9 +284,28 @@ def versions_by_task(versions: Sequence[str], tasks: Iterable[str]) -> dict[str,
     return named
 
 
-def work_name(task: str, model: ResolvedModel) -> str:
+def _augmented(workspace: Workspace, models: Mapping[str, ResolvedModel]) -> dict[str, tuple[Policy, int]]:
+    """Policies and numbers of views of the tasks that have one.
+
+    Raises:
+        CallError: a policy is faulty, or does not fit the task or the size of its model's input.
+    """
+    found = {}
+    for name, model in models.items():
+        task = workspace.config.task(name)
+        if task.augmentation is not None:
+            policy = Policy.from_config(task.augmentation, workspace.config.augmentation(task.augmentation))
+            if task.kind == "segmentation":
+                policy.check_masks()
+            if model.view.size is not None:
+                policy.check_size(*model.view.size)
+            found[name] = policy, task.num_views
+    return found
+
+
+def work_name(task: str, model: str) -> str:
     """What two runs must not do at once: one task with one model version."""
-    return f"predict-{task}-{hashlib.blake2b(model.id.encode(), digest_size=6).hexdigest()}"
+    return f"predict-{task}-{hashlib.blake2b(model.encode(), digest_size=6).hexdigest()}"
 
 
 def _quote(text: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from winnow.augment import Policy
 from winnow.config import Kind, Precision, PredictConfig
 from winnow.images import DecodeLimits, View
 from winnow.models.references import ResolvedModel
@@ -14,12 +15,40 @@ from winnow.models.references import ResolvedModel
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One task of the run: its model, and which of the run's views feeds it."""
+    """One task of the run: its model, and which of the run's views feeds it.
+
+    Attributes:
+        kind: of its answers.
+        model: what answers.
+        view_index: in ``PredictSpec.views``.
+        store_probabilities: also keep the whole vector of each image.
+        policy: of augmented views whose mean is the answer; None for the image alone.
+        num_views: the image itself included.
+    """
 
     kind: Kind
     model: ResolvedModel
     view_index: int
     store_probabilities: bool
+    policy: Policy | None = None
+    num_views: int = 1
+
+    @property
+    def model_id(self) -> str:
+        """Value of the column ``model``. A mean over views is another answerer than the model alone."""
+        if self.policy is None:
+            return self.model.id
+        return f"{self.model.id}+{self.policy.name}.{self.policy.digest}x{self.num_views}"
+
+    def to_dict(self) -> dict[str, Any]:
+        values = dict(vars(self)) | {"model": json.loads(self.model.to_json())}
+        return values | {"policy": self.policy.to_dict() if self.policy else None}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        policy = data.get("policy")
+        model = ResolvedModel.from_json(json.dumps(data["model"]))
+        return cls(**{**data, "model": model, "policy": Policy.from_dict(policy) if policy else None})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +113,7 @@ class PredictSpec(ReadSpec):
 
     @property
     def model_ids(self) -> Mapping[str, str]:
-        return {name: task.model.id for name, task in self.tasks.items()}
+        return {name: task.model_id for name, task in self.tasks.items()}
 
     def views(self) -> tuple[View, ...]:
         """The distinct views of all models, in the order of ``TaskSpec.view_index``."""
@@ -95,19 +124,11 @@ class PredictSpec(ReadSpec):
         return any(task.kind == "embedding" for task in self.tasks.values())
 
     def to_dict(self) -> dict[str, Any]:
-        values = dict(vars(self))
-        values["tasks"] = {
-            name: {**vars(task), "model": json.loads(task.model.to_json())} for name, task in self.tasks.items()
-        }
-        return values
+        return {**vars(self), "tasks": {name: task.to_dict() for name, task in self.tasks.items()}}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        tasks = {
-            name: TaskSpec(**{**task, "model": ResolvedModel.from_json(json.dumps(task["model"]))})
-            for name, task in data["tasks"].items()
-        }
-        return cls(**{**data, "tasks": tasks})
+        return cls(**{**data, "tasks": {name: TaskSpec.from_dict(task) for name, task in data["tasks"].items()}})
 
     def answers_digest_source(self) -> dict[str, Any]:
         """The part that decides the answers: two calls with the same part may share one run."""
@@ -131,6 +152,7 @@ def make_spec(
     chunk_rows: int,
     fragment_rows: int,
     asked: Mapping[str, Any],
+    augmented: Mapping[str, tuple[Policy, int]] | None = None,
 ) -> PredictSpec:
     """The specification of a run.
 
@@ -141,11 +163,13 @@ def make_spec(
         chunk_rows: images per file of the plan.
         fragment_rows: images per written file.
         asked: what narrowed the plan.
+        augmented: policy and number of views of the tasks that are answered by the mean over views.
     """
+    augmented = augmented or {}
     views = distinct_views([model for _, model, _ in tasks.values()])
     return PredictSpec(
         tasks={
-            name: TaskSpec(kind, model, views.index(model.view), store)
+            name: TaskSpec(kind, model, views.index(model.view), store, *augmented.get(name, ()))
             for name, (kind, model, store) in sorted(tasks.items())
         },
         precision=config.precision,

@@ -51,6 +51,7 @@ from winnow_connectors.object_store import ObjectStores
 from winnow_jobs.spec import PredictSpec, ReadSpec
 
 if TYPE_CHECKING:
+    from winnow.augment import Policy
     from winnow.models.predictors import Predictor
 
 Report = Callable[..., str | None]
@@ -237,11 +238,12 @@ class Infer:
         asked = {name: readable & (masks >> bit & 1).astype(bool) for bit, name in enumerate(self._spec.tasks)}
         images = [_images_NHWC(table, index, view) for index, view in enumerate(self._spec.views())]
         sizes = list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
+        image_ids = table["image_id"].to_pylist()
         answers: dict[str, pa.Array] = {}
         for predictor in self._predictors:
             rows = np.flatnonzero(np.logical_or.reduce([asked[name] for name in predictor.models]))
             view = self._spec.tasks[next(iter(predictor.models))].view_index
-            found = self._answers(predictor, images[view], sizes, rows)
+            found = self._answers(predictor, images[view], image_ids, sizes, rows)
             where = np.full(table.num_rows, -1, dtype=np.int64)
             where[rows] = np.arange(len(rows))
             for name in predictor.models:
@@ -260,14 +262,23 @@ class Infer:
         self,
         predictor: Predictor,
         images_NHWC: NDArray[np.uint8],
+        image_ids: Sequence[str],
         sizes: Sequence[tuple[int, int]],
         rows: NDArray[np.int64],
     ) -> dict[str, pa.Array]:
         """Answers of all models of a predictor for some rows of a table, by task."""
 
         def answer(part: NDArray[np.int64]) -> dict[str, pa.Array]:
-            shown = [sizes[row] for row in part]
-            found = predictor.predict(images_NHWC[part], shown)
+            shown, pixels_NHWC = [sizes[row] for row in part], images_NHWC[part]
+            found: dict[str, Any] = {}
+            for views, names in self._by_views(predictor):
+                if views is None:
+                    answers = predictor.predict(pixels_NHWC, shown)
+                    found |= {name: answers[name] for name in names}
+                else:
+                    policy, num_views = views
+                    ids = [image_ids[row] for row in part]
+                    found |= predictor.predict_views(names, policy, num_views, pixels_NHWC, ids, shown)
             return {name: self._to_arrow(name, values, shown) for name, values in found.items()}
 
         if not len(rows):
@@ -275,13 +286,29 @@ class Infer:
         parts = list(self._threads.map(answer, np.array_split(rows, min(self._num_threads, len(rows)))))
         return {name: pa.concat_arrays([part[name] for part in parts]) for name in predictor.models}
 
+    def _by_views(self, predictor: Predictor) -> list[tuple[tuple[Policy, int] | None, list[str]]]:
+        """Tasks of a predictor by the augmented views that they are answered with; those without first."""
+        groups: dict[str, tuple[tuple[Policy, int] | None, list[str]]] = {}
+        for name in predictor.models:
+            task = self._spec.tasks[name]
+            views = (task.policy, task.num_views) if task.policy is not None else None
+            key = f"{task.policy.digest} {task.num_views}" if task.policy is not None else ""
+            groups.setdefault(key, (views, []))[1].append(name)
+        return [groups[key] for key in sorted(groups)]
+
     def _to_arrow(self, name: str, found: Any, sizes: Sequence[tuple[int, int]]) -> pa.Array:
         task = self._spec.tasks[name]
         if task.kind == "segmentation":
             return segmentation_answers(found, task.model.classes, sizes)
         if task.kind == "embedding":
             return embedding_answers(found)
-        return classification_answers(found, task.model.classes, store_probabilities=task.store_probabilities)
+        probabilities_NC, disagreement_N = (found, None) if task.policy is None else found
+        return classification_answers(
+            probabilities_NC,
+            task.model.classes,
+            store_probabilities=task.store_probabilities,
+            disagreement_N=disagreement_N,
+        )
 
 
 def one_torch_thread() -> None:

@@ -26,10 +26,11 @@ def _struct(table: str, *columns: str) -> pa.StructType:
     return pa.struct([TABLES[table].field(name).with_nullable(True) for name in columns])
 
 
-CLASSIFICATION_ANSWER = _struct("predictions", "label", "confidence", "margin", "entropy", "top5", "probabilities")
+_PREDICTED = ("label", "confidence", "margin", "entropy", "top5", "probabilities", "disagreement")
+CLASSIFICATION_ANSWER = _struct("predictions", *_PREDICTED)
 """The columns of ``predictions`` that come from the model."""
 
-SEGMENT = _struct("segments", "label", "area_share", "confidence", "entropy", "box", "rle")
+SEGMENT = _struct("segments", "label", "area_share", "confidence", "entropy", "disagreement", "box", "rle")
 """The columns of ``segments`` that come from the model; the answer for an image is a list of these."""
 
 ANSWER_TYPES: dict[Kind, pa.DataType] = {
@@ -48,7 +49,11 @@ ANSWER_TABLES: dict[Kind, str] = {
 
 
 def classification_answers(
-    probabilities_NC: NDArray[np.float32], classes: Sequence[str], *, store_probabilities: bool = False
+    probabilities_NC: NDArray[np.float32],
+    classes: Sequence[str],
+    *,
+    store_probabilities: bool = False,
+    disagreement_N: NDArray[np.float32] | None = None,
 ) -> pa.StructArray:
     """Label, top five, confidence, margin and entropy of every image, as ``CLASSIFICATION_ANSWER`` (N,).
 
@@ -58,6 +63,7 @@ def classification_answers(
         probabilities_NC: float32 (N, C), rows add up to one.
         classes: C names.
         store_probabilities: also keep the whole vector of each image.
+        disagreement_N: float32 (N,) between views, whose mean the probabilities are; None for one view.
     """
     if probabilities_NC.shape[1:] != (len(classes),):
         raise ValueError(f"{len(classes)} classes do not fit probabilities of shape {probabilities_NC.shape}")
@@ -88,6 +94,7 @@ def classification_answers(
         pa.array(entropy(probabilities_NC), type=pa.float32()),
         top,
         vectors.cast(CLASSIFICATION_ANSWER.field("probabilities").type),
+        pa.nulls(num, pa.float32()) if disagreement_N is None else pa.array(disagreement_N, type=pa.float32()),
     ]
     return pa.StructArray.from_arrays(columns, fields=list(CLASSIFICATION_ANSWER), mask=pa.array(~finite))
 
@@ -115,6 +122,7 @@ def segmentation_answers(
                     "area_share": found.num_pixels / (width * height),
                     "confidence": mask.confidence_C[found.value],
                     "entropy": mask.entropy_C[found.value],
+                    "disagreement": None if mask.disagreement_C is None else mask.disagreement_C[found.value],
                     "box": box_to_source(found.box, (width, height), size),
                     "rle": found.rle,
                 }

@@ -168,7 +168,7 @@ class Policy:
                 f"the mask of {mask_HW.shape[1]} x {mask_HW.shape[0]} pixels does not fit the image of "
                 f"{image_HWC.shape[1]} x {image_HWC.shape[0]}",
             )
-        image_CHW = torch.from_numpy(image_HWC).permute(2, 0, 1).contiguous()
+        image_CHW = torch.tensor(image_HWC).permute(2, 0, 1).contiguous()
         labels_HW = None if mask_HW is None else torch.from_numpy(mask_HW.astype(np.int32) + 1)
         view_CHW, labels_HW = self.apply_tensors(image_CHW, labels_HW, image_id=image_id, view=view)
         view_HWC: NDArray[np.uint8] = view_CHW.permute(1, 2, 0).contiguous().numpy()
@@ -237,7 +237,7 @@ class Policy:
             views_NHWC = np.empty_like(images_NHWC)
             maps_NHW = np.empty((num, height, width), dtype=np.int32) if maps else None
             for row, image_id in enumerate(image_ids):
-                image_CHW = torch.from_numpy(images_NHWC[row]).permute(2, 0, 1).contiguous()
+                image_CHW = torch.tensor(images_NHWC[row]).permute(2, 0, 1).contiguous()  # also of read-only pixels
                 moved_CHW, moved_HW = self.apply_tensors(
                     image_CHW, own_HW if maps else None, image_id=image_id, view=view
                 )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
+from winnow.augment import Policy
 from winnow.config import PredictConfig
 from winnow.images import View
 from winnow.models.references import ResolvedModel
 from winnow_connectors.ledger import digest_of
-from winnow_jobs.spec import make_spec
+from winnow_jobs.spec import PredictSpec, make_spec
 
 MODEL = ResolvedModel(
     id="pets.safetensors#0123456789ab",
@@ -39,6 +41,21 @@ def test_images_get_fingerprints_for_embeddings_only() -> None:
     assert not make_spec(PredictConfig(), tasks, batch_size=0, chunk_rows=0, fragment_rows=0, asked={}).fingerprints
     tasks |= {"alike": ("embedding", MODEL, False)}
     assert make_spec(PredictConfig(), tasks, batch_size=0, chunk_rows=0, fragment_rows=0, asked={}).fingerprints
+
+
+def test_a_mean_over_views_is_another_answerer() -> None:
+    policy = Policy("mild", ({"name": "RandomHorizontalFlip"},))
+    tasks = {"pets": ("classification", MODEL, False), "alone": ("classification", MODEL, False)}
+    specs = [
+        make_spec(
+            PredictConfig(), tasks, batch_size=0, chunk_rows=0, fragment_rows=0, asked={}, augmented={"pets": augmented}
+        )
+        for augmented in ((policy, 3), (policy, 4), (dataclasses.replace(policy, seed=1), 3))
+    ]
+    assert len({spec.model_ids["pets"] for spec in specs}) == 3
+    assert specs[0].model_ids == {"alone": MODEL.id, "pets": f"{MODEL.id}+mild.{policy.digest}x3"}
+    for spec in specs:
+        assert PredictSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
 def test_whatever_changes_the_rows_is_another_run() -> None:

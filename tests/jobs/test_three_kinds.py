@@ -15,6 +15,7 @@ import workspaces as ws
 from faulty_http import FaultyHttp
 from winnow import masks
 from winnow.decoders import DecoderPool
+from winnow.errors import CallError
 from winnow_jobs import Workspace
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -165,6 +166,62 @@ def test_tasks_ask_only_the_images_that_each_has_not_answered(workspace: Workspa
         "SELECT count(*) AS n, count(DISTINCT (image_id, task)) AS d, count(DISTINCT run) AS runs FROM outcomes",
     )
     assert counts == {"n": 3 * NUM_IMAGES, "d": 3 * NUM_IMAGES, "runs": 3}
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_answers_are_the_mean_over_augmented_views_where_a_task_asks_for_it(workspace: Workspace) -> None:
+    images = workspace.folder / "images"
+    images.mkdir()
+    for number in range(12):
+        (images / f"{number}.jpg").write_bytes(ws.small_jpeg(number))
+    workspace.ingest([str(images)])
+    assert workspace.predict(["objects"]).num_answered == 12
+    text = workspace.config_path.read_text()
+    for section in ("objects", "alike", "parts"):
+        text = text.replace(f"[tasks.{section}]", f'[tasks.{section}]\naugmentation = "mild"\nnum_views = 3')
+    policy = 'transforms = [{ name = "RandomHorizontalFlip" }, { name = "RandomAffine", degrees = 20 }]'
+    workspace.config_path.write_text(f"{text}\n[augmentations.mild]\n{policy}\n")
+    averaged = Workspace(workspace.config_path)
+    result = averaged.predict()  # of views and of the image alone are two answers: those of before stay
+    assert (result.num_asked, result.num_answered) == (36, 36)
+    assert all("+mild." in model and model.endswith("x3") for model in result.models.values())
+    assert averaged.predict().status == "nothing to do"
+    found = ws.one(
+        averaged,
+        """
+        SELECT count(*) AS n, count(*) FILTER (disagreement > 0 AND disagreement <= ln(3)) AS disagreeing,
+            (SELECT count(*) FROM predictions WHERE disagreement IS NULL) AS alone,
+            (SELECT count(*) FROM segments WHERE disagreement IS NULL OR disagreement < 0) AS wrong_segments,
+            (SELECT count(DISTINCT image_id) FROM segments) AS segmented,
+            (SELECT count(*) FROM embeddings WHERE abs(list_dot_product(vector, vector) - 1) < 1e-5) AS vectors
+        FROM latest_predictions
+        """,
+    )
+    assert found == {
+        "n": 12,
+        "disagreeing": 12,
+        "alone": 12,
+        "wrong_segments": 0,
+        "segmented": 12,
+        "vectors": 12,
+    }
+
+
+@pytest.mark.parametrize(
+    ("section", "transform", "message"),
+    [
+        ("parts", '{ name = "RandAugment" }', "does not apply to masks"),
+        ("objects", '{ name = "RandomCrop", size = 1000 }', r"mend \[augmentations.odd\]"),
+        ("alike", '{ name = "RandomFlip" }', "is no transform for images"),
+    ],
+)
+def test_a_policy_that_does_not_fit_its_task_is_a_wrong_call(
+    workspace: Workspace, section: str, transform: str, message: str
+) -> None:
+    text = workspace.config_path.read_text().replace(f"[tasks.{section}]", f'[tasks.{section}]\naugmentation = "odd"')
+    workspace.config_path.write_text(f"{text}\n[augmentations.odd]\ntransforms = [{transform}]\n")
+    with pytest.raises(CallError, match=message):
+        Workspace(workspace.config_path).predict([section])
 
 
 def test_every_image_is_decoded_once_for_all_tasks(

@@ -17,13 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from winnow.augment import carry_back
 from winnow.config import Precision
 from winnow.errors import CallError
 from winnow.masks import LabelMap, label_dtype
 from winnow.models.networks import Network, fingerprint
-from winnow.uncertainty import softmax
+from winnow.uncertainty import disagreement, softmax
 
 if TYPE_CHECKING:
+    from winnow.augment import Policy
     from winnow.models.references import ResolvedModel
 
 logger = logging.getLogger(__name__)
@@ -47,11 +49,13 @@ class MaskAnswer:
             the image.
         confidence_C: mean probability of the class over its pixels, float32; NaN for classes not found.
         entropy_C: mean entropy over the pixels of the class, in nats, float32; NaN for classes not found.
+        disagreement_C: mean disagreement of the views over the pixels of the class, likewise; None for one view.
     """
 
     labels_HW: LabelMap
     confidence_C: Float32s
     entropy_C: Float32s
+    disagreement_C: Float32s | None = None
 
 
 class Predictor:
@@ -135,6 +139,69 @@ class Predictor:
             for name, parts in found.items()
         }
 
+    def predict_views(
+        self,
+        names: Sequence[str],
+        policy: Policy,
+        num_views: int,
+        images_NHWC: NDArray[np.uint8],
+        image_ids: Sequence[str],
+        sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> dict[str, Any]:
+        """Mean answers over the images and augmented views of them, by name.
+
+        Mean probabilities (N, C) with the disagreement (N,) of the views; the mean vector, again of length 1, (N, D);
+        or masks of the mean probabilities of each pixel, over the views that show it.
+
+        Args:
+            names: of the models asked.
+            policy: of the augmented views.
+            num_views: the images themselves included.
+            images_NHWC: as in ``predict``.
+            image_ids: N ids, which seed the views.
+            sizes: as in ``predict``.
+
+        Raises:
+            ValueError: as ``predict``.
+            AugmentError: the policy cannot be applied to images of this size.
+        """
+        found: dict[str, list[Any]] = {name: [] for name in names}
+        with_masks = any(self.models[name].output == "masks" for name in names)
+        step = self._chunk(len(images_NHWC))
+        for start in range(0, len(images_NHWC), step):
+            part_NHWC, ids = images_NHWC[start : start + step], image_ids[start : start + step]
+            answers: dict[str, list[Any]] = {name: [] for name in names}
+            means = {name: [PixelMean() for _ in ids] for name in names}
+            for views_NHWC, maps_NHW in policy.views(part_NHWC, ids, num_views, maps=with_masks):
+                ((_, outputs),) = self._forward(views_NHWC)  # of no more images than one pass takes
+                for name in names:
+                    model, output = self.models[name], outputs[name]
+                    if model.output == "masks":
+                        assert maps_NHW is not None
+                        for mean, logits_CHW, map_HW in zip(means[name], output, maps_NHW, strict=True):
+                            mean.add(torch.softmax(logits_CHW / model.temperature, dim=0), torch.tensor(map_HW))
+                    elif model.output == "features":
+                        answers[name].append(normalise(output.float().cpu().numpy()))
+                    else:
+                        answers[name].append(softmax(output.float().cpu().numpy() / model.temperature))
+            for name in names:
+                model = self.models[name]
+                if model.output == "masks":
+                    shown = sizes[start : start + step] if sizes is not None else [None] * len(ids)
+                    found[name] += [
+                        self._mask_of_mean(mean, model, size) for mean, size in zip(means[name], shown, strict=True)
+                    ]
+                else:
+                    found[name].append(np.stack(answers[name]))
+        return {name: self._averaged(name, parts) for name, parts in found.items()}
+
+    def _averaged(self, name: str, parts: list[Any]) -> Any:
+        if self.models[name].output == "masks":
+            return parts
+        answers_VN = np.concatenate(parts, axis=1)
+        mean_N = answers_VN.mean(axis=0, dtype=np.float64).astype(np.float32)
+        return normalise(mean_N) if self.models[name].output == "features" else (mean_N, disagreement(answers_VN))
+
     def outputs(self, images_NHWC: NDArray[np.uint8]) -> dict[str, Float32s]:
         """What the networks answer before softmax and normalisation, by name.
 
@@ -188,10 +255,19 @@ class Predictor:
 
     def _mask(self, logits_CHW: Tensor, model: ResolvedModel, size: tuple[int, int] | None) -> MaskAnswer | None:
         """Classes of the pixels that show the image, and how sure they are; None where any is not finite."""
-        if size is not None:
-            width, height = model.view.target(*size)
-            logits_CHW = logits_CHW[:, :height, :width]
-        log_CHW = torch.log_softmax(logits_CHW / model.temperature, dim=0)
+        logits_CHW = _shown(logits_CHW, model, size)
+        return self._described(torch.log_softmax(logits_CHW / model.temperature, dim=0), model)
+
+    def _mask_of_mean(self, mean: PixelMean, model: ResolvedModel, size: tuple[int, int] | None) -> MaskAnswer | None:
+        """The same of the mean over views."""
+        mean_CHW, disagreement_HW = mean.result()
+        # A probability of 0 has no logarithm; the smallest number does, and adds nothing to the entropy.
+        log_CHW = _shown(mean_CHW, model, size).clamp_min(torch.finfo(torch.float32).tiny).log()
+        return self._described(log_CHW, model, _shown(disagreement_HW[None], model, size)[0])
+
+    def _described(
+        self, log_CHW: Tensor, model: ResolvedModel, disagreement_HW: Tensor | None = None
+    ) -> MaskAnswer | None:
         best_HW, labels_HW = log_CHW.max(dim=0)
         entropy_HW = -(log_CHW.exp() * log_CHW).sum(dim=0)
         if not bool(torch.isfinite(best_HW).all()) or not bool(torch.isfinite(entropy_HW).all()):
@@ -200,12 +276,50 @@ class Predictor:
         labels: Any = labels_HW.to(torch.int32).cpu().numpy().astype(label_dtype(num_classes))
         flat = labels.reshape(-1)
         counts_C = np.bincount(flat, minlength=num_classes)
+        measures = [best_HW.exp(), entropy_HW, *(() if disagreement_HW is None else (disagreement_HW,))]
         with np.errstate(invalid="ignore"):  # 0 / 0 where a class was not found
-            confidence_C, entropy_C = (
+            means_C = [
                 (np.bincount(flat, values.cpu().numpy().reshape(-1), num_classes) / counts_C).astype(np.float32)
-                for values in (best_HW.exp(), entropy_HW)
-            )
-        return MaskAnswer(labels, confidence_C, entropy_C)
+                for values in measures
+            ]
+        return MaskAnswer(labels, *means_C)
+
+
+class PixelMean:
+    """Mean over views of the class probabilities of each pixel, in the places of the original image."""
+
+    def __init__(self) -> None:
+        self._sums_CHW: Tensor | None = None
+        self._entropies_HW = self._num_views_HW = torch.zeros(())
+
+    def add(self, probabilities_CHW: Tensor, map_HW: Tensor) -> None:
+        """Add a view: its probabilities, float32 (C, H, W), and its map, see ``winnow.augment``."""
+        sums_CHW, counts_HW = carry_back(probabilities_CHW, map_HW)
+        means_CHW = sums_CHW / counts_HW.clamp_min(1)  # 0 throughout where the view shows nothing of a pixel
+        if self._sums_CHW is None:
+            self._sums_CHW = torch.zeros_like(means_CHW)
+            self._entropies_HW, self._num_views_HW = torch.zeros_like(counts_HW), torch.zeros_like(counts_HW)
+        self._sums_CHW += means_CHW
+        self._entropies_HW += torch.special.entr(means_CHW).sum(dim=0)
+        self._num_views_HW += counts_HW > 0
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Mean (C, H, W) over the views that show a pixel, and their disagreement (H, W).
+
+        As ``uncertainty.disagreement`` defines it.
+        """
+        assert self._sums_CHW is not None
+        mean_CHW = self._sums_CHW / self._num_views_HW
+        excess_HW = torch.special.entr(mean_CHW).sum(dim=0) - self._entropies_HW / self._num_views_HW
+        return mean_CHW, excess_HW.clamp_min(0)
+
+
+def _shown(values_CHW: Tensor, model: ResolvedModel, size: tuple[int, int] | None) -> Tensor:
+    """The part of a view that shows the image, of (width, height) at the source."""
+    if size is None:
+        return values_CHW
+    width, height = model.view.target(*size)
+    return values_CHW[:, :height, :width]
 
 
 def predictors_of(
