@@ -58,7 +58,7 @@ FORMATS = {"png": "png", "jpeg": "jpg"}
 
 MAX_COPIES = 1000
 _JPEG_QUALITY = 95
-_PNG_LEVEL = 3  # half the time of Pillow's 6 for files a few percent larger
+_PNG_LEVEL = 3  # less than half the time of 6, which is Pillow's, for a fifth more bytes
 
 _ORIGINALS = "parent IS NULL AND NOT audit"
 _COLUMNS = ("split", '"group"', "metadata")
