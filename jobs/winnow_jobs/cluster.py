@@ -101,7 +101,7 @@ def check_all_nodes_see(folder: Path, nodes: Sequence[Node]) -> None:
     blind = [node.address for node, seen in zip(nodes, found, strict=True) if not seen]
     if blind:
         raise CallError(
-            f"the warehouse {folder} is a local folder that {len(blind)} of {len(nodes)} nodes do not see as this "
+            f"{folder} is a local folder that {len(blind)} of {len(nodes)} nodes do not see as this "
             f"machine does ({', '.join(blind[:3])}); put it on object storage or on a file system that all nodes share"
         )
 
