@@ -182,6 +182,7 @@ class _Images:
         sides_N: ``_TRAIN``, ``_VAL`` or ``_TEST``; the audit reserve counts as test.
         areas_N: width × height.
         seen_N: when each was seen, microseconds.
+        sizes_N: bytes of the file.
         bytes_N, pixels_N: 64 bits of a hash of the file, and of its pixels.
         phashes_N: perceptual hashes.
         has_phash_N: where they are known.
@@ -191,6 +192,7 @@ class _Images:
     sides_N: NDArray[np.int8]
     areas_N: Integers
     seen_N: Integers
+    sizes_N: Integers
     bytes_N: NDArray[np.uint64]
     pixels_N: NDArray[np.uint64]
     phashes_N: NDArray[np.uint64]
@@ -203,7 +205,7 @@ class _Images:
             f"""
             SELECT image_id,
                 CASE WHEN i.audit OR i.split = 'test' THEN {_TEST} WHEN i.split = 'val' THEN {_VAL} ELSE {_TRAIN} END,
-                coalesce(o.width::BIGINT * o.height, 0), epoch_us(i.seen_at),
+                coalesce(o.width::BIGINT * o.height, 0), epoch_us(i.seen_at), coalesce(o.num_bytes, 0),
                 if(o.sha256 IS NULL, 0::UBIGINT, hash(o.sha256)),
                 if(o.pixel_hash IS NULL, 0::UBIGINT, hash(o.pixel_hash)),
                 coalesce(('0x' || o.phash)::UBIGINT, 0), o.phash IS NOT NULL
@@ -212,8 +214,8 @@ class _Images:
             ORDER BY image_id
             """
         )
-        kinds = (np.int8, np.int64, np.int64, np.uint64, np.uint64, np.uint64, np.bool_)
-        parts: list[list[NDArray[Any]]] = [[] for _ in range(8)]
+        kinds = (np.int8, np.int64, np.int64, np.int64, np.uint64, np.uint64, np.uint64, np.bool_)
+        parts: list[list[NDArray[Any]]] = [[] for _ in range(1 + len(kinds))]
         for batch in reader:
             parts[0].append(as_ids(batch.column(0)))
             for part, column, kind in zip(parts[1:], batch.columns[1:], kinds, strict=True):
@@ -377,10 +379,15 @@ class _Groups:
 
 
 def _group(images: _Images, labels_N: Integers) -> _Groups:
-    """Groups of images with the same label; the representative has the most pixels, of several it was seen first."""
+    """Groups of images with the same label.
+
+    The representative has the most pixels; of several it was seen first; of those it is the largest file, as the one
+    that was compressed least.
+    """
     sizes_N = np.bincount(labels_N, minlength=len(labels_N))[labels_N]
     members = np.flatnonzero(sizes_N > 1)
-    order = np.lexsort((members, images.seen_N[members], -images.areas_N[members], labels_N[members]))
+    least_first = (members, -images.sizes_N[members], images.seen_N[members], -images.areas_N[members])
+    order = np.lexsort((*least_first, labels_N[members]))
     members_G = members[order]
     starts = np.flatnonzero(np.diff(labels_N[members_G], prepend=-1))
     sizes_G = sizes_N[members_G]

@@ -192,11 +192,6 @@ def _nearest(
     nearest, num_compared = Nearest(1, k), 0
     left_out = positions(ids, np.array([exclude or ""], dtype=ids.dtype))[0]
     for image_ids, vectors_ND in vectors.stream():
-        if vectors_ND.shape[1:] != query_D.shape:
-            raise CallError(
-                f"the image has a vector of {query_D.shape[0]} numbers, those of {vectors.model} in the table "
-                f"have {vectors_ND.shape[1]}"
-            )
         indices = positions(ids, image_ids)
         kept = (indices >= 0) & (indices != left_out)
         num_compared += int(kept.sum())

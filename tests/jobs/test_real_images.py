@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import workspaces as ws
 from winnow.errors import FAILURE_KINDS
 from winnow.uncertainty import margin, softmax
 from winnow_jobs import Workspace
+from winnow_jobs.search import draw_sheet
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("cached_weights", "ray_session")]
 
@@ -105,3 +107,59 @@ def test_every_hostile_file_has_one_outcome(shared_data: Path, tmp_path: Path) -
     assert not kinds & {"crashed", "out_of_memory", "timeout"}
     assert not list(Path.cwd().glob("EVIL*"))
     assert not list(tmp_path.glob("EVIL*"))
+
+
+def test_near_duplicates_are_found_and_nothing_else(shared_data: Path, tmp_path: Path) -> None:
+    """Fifteen pictures in nine forms each, among thirty other photographs of the same kind."""
+    folder = shared_data / "retrieval"
+    with (folder / "groups.csv").open() as file:
+        known = list(csv.DictReader(file))
+    pictures = sorted({row["group"] for row in known if row["role"] == "original"})[:15]
+    distractors = [row for row in known if row["role"] == "distractor"][:30]
+    chosen = {Path(row["file"]).name: row for row in known if row["group"] in pictures} | {
+        Path(row["file"]).name: row for row in distractors
+    }
+    (tmp_path / "images").mkdir()
+    for name in chosen:
+        (tmp_path / "images" / name).symlink_to(folder / "images" / name)
+    config = tmp_path / "winnow.toml"
+    config.write_text(f'[tasks.alike]\nkind = "embedding"\nmodel = "{MODEL}"\n')
+    workspace = Workspace(config)
+    workspace.init()
+    workspace.ingest([str(tmp_path / "images")])
+    workspace.predict()
+    result = workspace.duplicates()
+
+    rows = workspace.query("SELECT uri, group_id, kind, similarity, hamming FROM duplicate_groups").to_pylist()
+    found = {row["uri"].rpartition("/")[2]: row for row in rows}
+    assert not {name for name in found if chosen[name]["role"] == "distractor"}
+    of_group: dict[str, set[str]] = {}
+    for name, row in found.items():
+        of_group.setdefault(row["group_id"], set()).add(chosen[name]["group"])
+    assert all(len(groups) == 1 for groups in of_group.values())  # no group mixes two pictures
+    assert len(of_group) >= len(pictures)
+    for transform in ("png_same_pixels", "jpeg_q25", "resize_50", "gray", "rotate_5", "mirror", "caption_bar"):
+        names = [name for name, row in chosen.items() if row["transform"] == transform]
+        together = [
+            found.get(name, {}).get("group_id") == found[f"{chosen[name]['group']}_original.jpg"]["group_id"]
+            for name in names
+        ]
+        assert names
+        assert all(together), transform
+    assert result.num_members["pixels"] >= sum(row["transform"] == "png_same_pixels" for row in chosen.values()) > 0
+    known_hashes = "SELECT count(pixel_hash) = count(*) AND count(phash) = count(*) AS all_known FROM outcomes"
+    assert ws.one(workspace, known_hashes) == {"all_known": True}
+
+    # Asked for as a file that is not known, a picture finds all its forms before anything else.
+    original = next(name for name in sorted(chosen) if chosen[name]["role"] == "original")
+    copy = tmp_path / "copy.jpg"
+    copy.write_bytes((folder / "images" / original).read_bytes())
+    forms = sum(row["group"] == chosen[original]["group"] for row in chosen.values())
+    search = workspace.search(str(copy), k=forms)
+    names = [uri.rpartition("/")[2] for uri in search.rows["uri"].to_pylist()]
+    assert original in names[:2]  # beside the copy with the same pixels
+    assert search.rows["similarity"][0].as_py() > 0.9999
+    assert {chosen[name]["group"] for name in names} == {chosen[original]["group"]}
+    draw_sheet(workspace, search, tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert np.asarray(sheet).std() > 20  # photographs, not grey tiles
