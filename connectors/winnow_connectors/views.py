@@ -87,16 +87,18 @@ FROM neighbours AS n SEMI JOIN compared USING (task, run) LEFT JOIN seen AS s US
     "quarantined": f"""
 WITH {_FINISHED}, {_LAST_SEEN}, {_LAST_COMPARED},
 sides AS (
-    SELECT d.task, d.group_id, s.*,
+    SELECT d.task, d.group_id, image_id,
         CASE WHEN s.audit OR s.split = 'test' THEN 2 WHEN s.split = 'val' THEN 1 ELSE 0 END AS side
     FROM duplicates AS d SEMI JOIN compared USING (task, run) JOIN seen AS s USING (image_id)
     WHERE s.{_CURRENT}
+),
+leaking AS (
+    SELECT task, group_id, image_id, if(max(side) OVER same = 2, 'test', 'val') AS leaks_into FROM sides
+    WINDOW same AS (PARTITION BY task, group_id)
+    QUALIFY side < max(side) OVER same
 )
-SELECT image_id, uri, split, task, group_id,
-    CASE max(side) OVER same WHEN 2 THEN 'test' ELSE 'val' END AS leaks_into
-FROM sides
-WINDOW same AS (PARTITION BY task, group_id)
-QUALIFY side < max(side) OVER same
+SELECT s.image_id, s.uri, s.split, l.task, l.group_id, l.leaks_into
+FROM leaking AS l JOIN seen AS s ON l.image_id = coalesce(s.parent, s.image_id) WHERE s.{_CURRENT}
 """,
     # Of each annotation the last event counts (of two at one time: the deletion); then one label per image and task.
     "current_labels": f"""

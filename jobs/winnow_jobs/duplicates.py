@@ -106,7 +106,7 @@ class DuplicatesResult:
 def duplicates(
     workspace: Workspace, *, task: str | None = None, threshold: float | None = None, k: int = 5
 ) -> DuplicatesResult:
-    """Find groups of duplicates and measure outliers among all current images with a vector.
+    """Find groups of duplicates and measure outliers among all current images with a vector, but augmented copies.
 
     Args:
         workspace: configuration and warehouse.
@@ -200,7 +200,7 @@ class _Images:
 
     @classmethod
     def read(cls, engine: QueryEngine, call: DuplicatesCall) -> Self:
-        """Current images that the model has answered."""
+        """Current images that the model has answered; no augmented copies: these are near-duplicates on purpose."""
         reader = engine.reader(
             f"""
             SELECT image_id,
@@ -211,6 +211,7 @@ class _Images:
                 coalesce(('0x' || o.phash)::UBIGINT, 0), o.phash IS NOT NULL
             FROM current_images AS i JOIN latest_outcomes AS o USING (image_id)
             WHERE o.task = {quoted(call.task)} AND o.model = {quoted(call.model)} AND o.status = 'answered'
+                AND i.parent IS NULL
             ORDER BY image_id
             """
         )
@@ -281,7 +282,7 @@ def _compare_and_publish(
     before = time.monotonic()
     blocks = blocks_of(_batches(vectors, images.ids_N, is_first_N), images.phashes_N)
     with (
-        Progress("compare", num_blocks * (num_blocks + 1) // 2) as progress,
+        Progress("compare pairs of blocks", num_blocks * (num_blocks + 1) // 2) as progress,
         held(blocks, num_pictures, num_cpus=workspace.num_cpus) as comparison,
     ):
         nearest, near_N = comparison.compare(len(same_N), call.k, call.rule, progress.update)

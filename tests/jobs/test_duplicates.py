@@ -171,6 +171,17 @@ def test_of_a_picture_in_several_splits_the_earlier_ones_are_quarantined(workspa
     assert (rows[made.image_id(0)], rows.get(made.image_id(3))) == ("val", None)
 
 
+def test_augmented_copies_are_not_compared_and_share_the_fate_of_their_original(workspace: Workspace) -> None:
+    vectors = spread(6)
+    vectors[1], vectors[4], vectors[5] = vectors[0], vectors[0], vectors[2]
+    parents = {4: made.image_id(0), 5: made.image_id(2)}
+    made.publish(workspace, vectors, split={1: "test"}, parent=parents)
+    result = workspace.duplicates()
+    assert (result.num_images, result.num_groups) == (4, 1)
+    quarantined = workspace.query("SELECT image_id FROM quarantined")["image_id"].to_pylist()
+    assert sorted(quarantined) == sorted([made.image_id(0), made.image_id(4)])
+
+
 def test_it_is_done_again_only_when_images_or_options_changed(workspace: Workspace) -> None:
     made.publish(workspace, spread(NUM_IMAGES), sha256={0: "one", 1: "one"})
     first = workspace.duplicates()
