@@ -78,16 +78,20 @@ test-chaos: $(READY) ## kill processes again and again at full size: 20,000 imag
 	@$(PY) -m pytest -m chaos
 
 .PHONY: bench
-bench: $(READY) ## measure rates and memory, and print them; with PHOTOS=folder also predict and its accuracy
+bench: $(READY) ## measure rates and memory, and print them; with PHOTOS=folder also predict and its accuracy, with ALIKE=folder duplicates
 	@echo "bench: measuring (some minutes); leave the machine alone meanwhile"
 	@$(PY) bench/ingest.py
 	@$(PY) bench/query.py
 	@$(PY) bench/query.py --s3
 	@$(PY) bench/decoding.py
+	@$(PY) bench/similarity.py
 ifdef PHOTOS
 	@$(PY) bench/predict.py "$(PHOTOS)"
 	@$(PY) bench/predict.py "$(PHOTOS)" --s3
 	@$(PY) bench/precision.py "$(PHOTOS)"
+endif
+ifdef ALIKE
+	@$(PY) bench/similarity.py --photos "$(ALIKE)"
 endif
 
 .PHONY: demo

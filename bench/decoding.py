@@ -16,12 +16,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from winnow.decoders import DecoderPool
-from winnow.images import DecodeLimits, View, decode
+from winnow.images import DecodeLimits, View, attempt, decode
 
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket", "hubble_deep_field", "immunohistochemistry")
 LIMITS = DecodeLimits(max_bytes=100_000_000, max_pixels=100_000_000, timeout_s=60.0)
@@ -34,7 +35,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=240, help="images per measurement of the overhead (default: 240)")
     options = parser.parse_args()
     photographs = load_photographs()
-    sys.stdout.write(scaling_table(photographs) + "\n\n" + overhead_table(photographs, options.images) + "\n")
+    for table in (
+        scaling_table(photographs),
+        fingerprint_table(photographs),
+        overhead_table(photographs, options.images),
+    ):
+        sys.stdout.write(table + "\n\n")
+        sys.stdout.flush()
 
 
 def load_photographs() -> dict[str, Image.Image]:
@@ -90,14 +97,32 @@ def scaling_table(photographs: dict[str, Image.Image]) -> str:
         for photograph in photographs.values():
             data = jpeg(mosaic(photograph) if "mosaic" in name else photograph, long_side)
             exact_ms.append(cpu_ms(lambda: decode(data, limits=LIMITS, views=(view,), scaled=False)))  # noqa: B023
-            scaled_ms.append(cpu_ms(lambda: decode(data, limits=LIMITS, views=(view,))))  # noqa: B023
+            scaled_ms.append(cpu_ms(lambda: decode(data, limits=LIMITS, views=(view,), scaled=True)))  # noqa: B023
             exact = decode(data, limits=LIMITS, views=(view,), scaled=False).views[0].astype(np.int16)
-            differences.append(np.abs(exact - decode(data, limits=LIMITS, views=(view,)).views[0]).ravel())
+            differences.append(np.abs(exact - decode(data, limits=LIMITS, views=(view,), scaled=True).views[0]).ravel())
         apart = np.concatenate(differences)
         assert view.crop is not None
         speed = f"{statistics.mean(exact_ms):.0f} | {statistics.mean(scaled_ms):.0f}"
         difference = f"{apart.mean():.2f} | {np.percentile(apart, 99):.0f} | {apart.max()}"
         lines.append(f"| {name} | {view.resize} → {view.crop[0]}, {view.interpolation} | {speed} | {difference} |")
+    return "\n".join(lines)
+
+
+def fingerprint_table(photographs: dict[str, Image.Image]) -> str:
+    """What the hashes of the pixels cost beside decoding, by size of the source."""
+    lines = [
+        "| JPEG, longer side | decode, CPU ms | with fingerprints | scaled | scaled, with fingerprints |",
+        "|---|---|---|---|---|",
+    ]
+    for long_side in (4000, 1200, 500):
+        files = [jpeg(photograph, long_side) for photograph in photographs.values()]
+        cells = []
+        for scaled in (False, True):
+            for fingerprints in (False, True):
+                options: dict[str, Any] = {"scaled": scaled, "fingerprints": fingerprints}
+                each = [cpu_ms(lambda: attempt(data, limits=LIMITS, views=(VIEW,), **options)) for data in files]  # noqa: B023
+                cells.append(f"{statistics.mean(each):.1f}")
+        lines.append(f"| {long_side} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
-import resource
 import statistics
 import sys
 import tempfile
@@ -73,14 +72,17 @@ def measure_times(workspace: Workspace, num_rows: int, num_dimensions: int) -> N
     fill(workspace.warehouse.tables, workspace.task_model("alike").id, num_rows, num_dimensions)
     say(f"{num_rows:,} vectors of {num_dimensions} numbers made in {time.perf_counter() - start:.1f} s")
     uris = [f"s3://photos/{number * 997 % num_rows:08d}.jpg" for number in range(NUM_QUERIES)]
-    seconds = [timed(lambda uri=uri: workspace.search(uri)) for uri in uris]
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    say(f"search: first {seconds[0]:.2f} s, median {statistics.median(seconds[1:]):.2f} s; peak memory {own:.2f} GB")
-    with Peak() as peak:
+    with Watch() as watch:
+        seconds = [timed(lambda uri=uri: workspace.search(uri)) for uri in uris]
+    say(
+        f"search: first {seconds[0]:.2f} s, median {statistics.median(seconds[1:]):.2f} s, "
+        f"{watch.cpu_s / len(uris):.2f} s of CPU; peak memory {watch.num_bytes / 1e9:.2f} GB"
+    )
+    with Watch() as watch:
         took = timed(workspace.duplicates)
     (row,) = workspace.query("SELECT verdict, seconds FROM runs WHERE job = 'duplicates'").to_pylist()
     say(f"duplicates: {took:.1f} s, of which comparing {dict(row['seconds'])['comparing']:.1f} s; {row['verdict']}")
-    say(f"peak memory of the processes together, shared memory counted once: {peak.num_bytes / 1e9:.2f} GB")
+    say(f"{watch.cpu_s:.0f} s of CPU; peak memory of all processes, shared memory once: {watch.num_bytes / 1e9:.2f} GB")
     say(f"duplicates again, nothing new: {timed(workspace.duplicates):.1f} s")
 
 
@@ -91,11 +93,18 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-class Peak:
-    """Most memory that this process and its children held at once: what is theirs alone, and Ray's shared memory."""
+class Watch:
+    """What this process and its children use meanwhile.
 
-    def __enter__(self) -> Peak:
+    Attributes:
+        num_bytes: most memory at once: what is theirs alone, and Ray's shared memory.
+        cpu_s: CPU seconds. Other work on the machine disturbs them less than the clock.
+    """
+
+    def __enter__(self) -> Watch:
         self.num_bytes = 0
+        self._before_s = sum(psutil.Process().cpu_times()[:2])
+        self._cpu_s: dict[int, float] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -104,6 +113,7 @@ class Peak:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
+        self.cpu_s = sum(self._cpu_s.values()) - self._before_s
 
     def _watch(self) -> None:
         shared_before = psutil.virtual_memory().shared
@@ -112,6 +122,7 @@ class Peak:
             for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
                 try:
                     memory = process.memory_info()
+                    self._cpu_s[process.pid] = sum(process.cpu_times()[:2])
                 except psutil.NoSuchProcess:
                     continue
                 total += memory.rss - memory.shared
