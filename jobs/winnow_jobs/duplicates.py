@@ -28,6 +28,7 @@ from winnow.similarity import BLOCK_ROWS, Floats, Integers, NearRule, components
 from winnow_connectors.ledger import Plan, Run, digest_of, new_run_id
 from winnow_jobs.comparison import blocks_of, held
 from winnow_jobs.progress import Progress
+from winnow_jobs.spec import answerer, views_of
 from winnow_jobs.vectors import Ids, Vectors, as_ids, embedding_task, positions, quoted, select_ids
 
 if TYPE_CHECKING:
@@ -126,7 +127,8 @@ def duplicates(
         raise CallError(f"--k {k} is not valid; give a number from 1 to {_MAX_K}")
     name = embedding_task(workspace.config, task)
     workspace.warehouse.check()
-    return carry_out(workspace, DuplicatesCall(name, workspace.task_model(name).id, k, rule))
+    model = workspace.task_model(name)
+    return carry_out(workspace, DuplicatesCall(name, answerer(model, views_of(workspace.config, name, model)), k, rule))
 
 
 def resume(workspace: Workspace, run: Run) -> DuplicatesResult:

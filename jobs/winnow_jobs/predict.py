@@ -23,7 +23,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from winnow import __version__, uris
-from winnow.augment import Policy
 from winnow.batches import Ranges, Selection, num_positions
 from winnow.errors import CallError, JobError, StoppedError
 from winnow.models.cards import parse_version
@@ -34,7 +33,7 @@ from winnow_connectors.query import QueryEngine
 from winnow_jobs.cluster import check_address, check_all_nodes_see, is_local, ray_cluster
 from winnow_jobs.progress import Progress
 from winnow_jobs.resources import Node, plan_batch_size, plan_fragment_rows, plan_resources
-from winnow_jobs.spec import PredictSpec, ReadSpec, make_spec
+from winnow_jobs.spec import PredictSpec, ReadSpec, make_spec, views_of
 from winnow_jobs.verdict import Capacity, Verdict, judge
 
 if TYPE_CHECKING:
@@ -166,7 +165,7 @@ def predict(
         chunk_rows=0,
         fragment_rows=config.predict.fragment_rows,
         asked=dataclasses.asdict(asked),
-        augmented=_augmented(workspace, models),
+        augmented={name: views for name, model in models.items() if (views := views_of(config, name, model))},
     )
     ids = dict(spec.model_ids)
     works = [work_name(name, model) for name, model in ids.items()]
@@ -282,25 +281,6 @@ def versions_by_task(versions: Sequence[str], tasks: Iterable[str]) -> dict[str,
         if named.setdefault(task, version) != version:
             raise CallError(f"--model names two versions of {task}: {named[task]} and {version}; choose one")
     return named
-
-
-def _augmented(workspace: Workspace, models: Mapping[str, ResolvedModel]) -> dict[str, tuple[Policy, int]]:
-    """Policies and numbers of views of the tasks that have one.
-
-    Raises:
-        CallError: a policy is faulty, or does not fit the task or the size of its model's input.
-    """
-    found = {}
-    for name, model in models.items():
-        task = workspace.config.task(name)
-        if task.augmentation is not None:
-            policy = Policy.from_config(task.augmentation, workspace.config.augmentation(task.augmentation))
-            if task.kind == "segmentation":
-                policy.check_masks()
-            if model.view.size is not None:
-                policy.check_size(*model.view.size)
-            found[name] = policy, task.num_views
-    return found
 
 
 def work_name(task: str, model: str) -> str:

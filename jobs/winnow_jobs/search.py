@@ -22,9 +22,11 @@ from winnow.decoders import DecoderPool
 from winnow.errors import CallError, FetchError
 from winnow.images import DecodeLimits, View
 from winnow.similarity import Nearest
+from winnow_jobs.spec import answerer, views_of
 from winnow_jobs.vectors import Ids, Vectors, embedding_task, positions, quoted, select_ids
 
 if TYPE_CHECKING:
+    from winnow.augment import Policy
     from winnow.models.references import ResolvedModel
     from winnow_connectors.query import QueryEngine
     from winnow_jobs.workspace import Workspace
@@ -88,17 +90,19 @@ def search(
     task = embedding_task(workspace.config, task)
     workspace.warehouse.check()
     model = workspace.task_model(task)
+    views = views_of(workspace.config, task, model)
+    model_id = answerer(model, views)
     engine = workspace.query_engine()
     known = _known_image(engine, image)
-    vectors = Vectors.open(workspace.warehouse.tables, task, model.id)
+    vectors = Vectors.open(workspace.warehouse.tables, task, model_id)
     if vectors.is_empty:
-        raise CallError(f"task {task!r} has no vectors by {model.id} yet; run `winnow predict --task {task}` first")
+        raise CallError(f"task {task!r} has no vectors by {model_id} yet; run `winnow predict --task {task}` first")
     query = vectors.of_image(known["image_id"]) if known else None
     uri = known["uri"] if known else uris.canonical(image)
     condition = f" WHERE ({where}\n)" if where else ""
     ids = select_ids(engine, f"SELECT image_id FROM current_images{condition}")
     if query is None:
-        query = embed(workspace, model, _read(workspace, uri, known), uri)
+        query = embed(workspace, model, views, _read(workspace, uri, known), uri)
     nearest, num_compared = _nearest(vectors, query, ids, k, known["image_id"] if known else None)
     scores, found = (array[0][: min(k, num_compared)] for array in nearest.best())
     rows = _result(engine, [image_id.decode() for image_id in ids[found]], scores)
@@ -106,19 +110,22 @@ def search(
         query=uri,
         image_id=known["image_id"] if known else None,
         task=task,
-        model=model.id,
+        model=model_id,
         num_compared=num_compared,
         seconds=round(time.monotonic() - started, 3),
         rows=rows,
     )
 
 
-def embed(workspace: Workspace, model: ResolvedModel, data: bytes, name: str) -> NDArray[np.float32]:
+def embed(
+    workspace: Workspace, model: ResolvedModel, views: tuple[Policy, int] | None, data: bytes, name: str
+) -> NDArray[np.float32]:
     """The vector (D,) that ``winnow predict`` would give an image.
 
     Args:
         workspace: for the settings of ``[predict]``.
         model: of an embedding task.
+        views: whose mean is the answer, if any.
         data: the image's bytes.
         name: of the image, for messages.
 
@@ -132,7 +139,11 @@ def embed(workspace: Workspace, model: ResolvedModel, data: bytes, name: str) ->
     if decoded.image is None:
         raise CallError(f"{name} cannot be searched for: {decoded.error}")
     predictor = load(model, precision=workspace.config.predict.precision, fetch=workspace.stores.download)
-    (answers,) = predictor.predict(decoded.image.views[0][None]).values()
+    pixels_NHWC = decoded.image.views[0][None]
+    if views is None:
+        (answers,) = predictor.predict(pixels_NHWC).values()
+    else:
+        (answers,) = predictor.predict_views([model.id], *views, pixels_NHWC, [name]).values()
     vector: NDArray[np.float32] = answers[0]
     if not np.isfinite(vector).all():
         raise CallError(f"{model.id} answered NaN or infinity for {name}; check its weights")

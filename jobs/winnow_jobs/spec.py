@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from winnow.augment import Policy
-from winnow.config import Kind, Precision, PredictConfig
+from winnow.config import Config, Kind, Precision, PredictConfig
 from winnow.images import DecodeLimits, View
 from winnow.models.references import ResolvedModel
 
@@ -35,10 +35,8 @@ class TaskSpec:
 
     @property
     def model_id(self) -> str:
-        """Value of the column ``model``. A mean over views is another answerer than the model alone."""
-        if self.policy is None:
-            return self.model.id
-        return f"{self.model.id}+{self.policy.name}.{self.policy.digest}x{self.num_views}"
+        """Value of the column ``model``."""
+        return answerer(self.model, (self.policy, self.num_views) if self.policy else None)
 
     def to_dict(self) -> dict[str, Any]:
         values = dict(vars(self)) | {"model": json.loads(self.model.to_json())}
@@ -137,6 +135,31 @@ class PredictSpec(ReadSpec):
         for task in values["tasks"].values():
             del task["model"]["location"]  # a model is its content, wherever the file lies
         return {key: values[key] for key in kept}
+
+
+def views_of(config: Config, name: str, model: ResolvedModel) -> tuple[Policy, int] | None:
+    """Policy and number of the augmented views whose mean answers a task; None where the image alone does.
+
+    Raises:
+        CallError: the policy is faulty, or does not fit the task or the size of its model's input.
+    """
+    task = config.task(name)
+    if task.augmentation is None:
+        return None
+    policy = Policy.from_config(task.augmentation, config.augmentation(task.augmentation))
+    if task.kind == "segmentation":
+        policy.check_masks()
+    if model.view.size is not None:
+        policy.check_size(*model.view.size)
+    return policy, task.num_views
+
+
+def answerer(model: ResolvedModel, views: tuple[Policy, int] | None) -> str:
+    """Value of the column ``model``. A mean over views is another answerer than the model alone."""
+    if views is None:
+        return model.id
+    policy, num_views = views
+    return f"{model.id}+{policy.name}.{policy.digest}x{num_views}"
 
 
 def distinct_views(models: list[ResolvedModel]) -> tuple[View, ...]:
