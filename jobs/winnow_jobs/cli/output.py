@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
+import click
 import pyarrow as pa
 
 from winnow.errors import CallError
@@ -42,10 +43,10 @@ def choose_format(format: str | None, as_json: bool, output: Path | None) -> str
     """The format that the options ask for: --format, --json, or else as the name of --output ends.
 
     Raises:
-        CallError: two of them contradict each other.
+        UsageError: two of them contradict each other.
     """
     if as_json and format not in (None, "json"):
-        raise CallError(f"--json and --format {format} contradict each other; give one of them")
+        raise click.UsageError(f"--json and --format {format} contradict each other; give one of them")
     ending = output.suffix.lstrip(".").lower() if output is not None else ""
     return format or ("json" if as_json else ending if ending in FORMATS else "table")
 
