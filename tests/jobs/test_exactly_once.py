@@ -1,7 +1,7 @@
 """Every image is answered exactly once, whatever is killed: real processes, real Ray, a real S3 server.
 
 Each scenario ends with outcomes = images asked, none doubled, and tables that agree; a reader that polls throughout
-sees none or all of the run. ``make test`` asks 2,000 images each, ``make test-chaos`` 20,000.
+sees none or all of the run. ``make test`` asks 2,000 images each; ``make test-chaos`` 20,000, and local disk too.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ def make_place(folder: Path, num_images: int, server: LocalS3 | None) -> Place:
     return Place(config, workspace, num_images, folder / "log.txt", server)
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=[pytest.param("local", marks=pytest.mark.chaos), "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path, num_images: int) -> Place:
-    """The same work on local disk and on S3."""
+    """The same work on S3, and on local disk with ``make test-chaos``."""
     server = request.getfixturevalue("server") if request.param == "s3" else None
     return make_place(tmp_path / "workspace", num_images, server)
 
