@@ -12,9 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-NOT_LABELLED = 255
-"""Value of a label map where nobody said what is there; such pixels are not counted."""
-
 _LEAST = 1e-15
 """Probabilities below this count as this in the logarithm, so that one sure mistake does not make the loss infinite."""
 
@@ -82,13 +79,19 @@ def segmentation_metrics(confusion_CC: Counts, classes: Sequence[str], num_image
     }
 
 
-def confusion(labels: Counts, answers: Counts, num_classes: int) -> Counts:
+def confusion(labels: NDArray[Any], answers: NDArray[Any], num_classes: int, *, void: int | None = None) -> Counts:
     """How often each true class (row) got each answer (column), int64 (C, C).
 
-    Labels of ``NOT_LABELLED`` do not count, so a label map has at most 255 classes.
+    Args:
+        labels: class indices, of any shape.
+        answers: likewise.
+        num_classes: C.
+        void: the label of what nobody said anything about, which does not count.
     """
-    known = labels != NOT_LABELLED if num_classes <= NOT_LABELLED else np.ones(labels.shape, dtype=np.bool_)
-    pairs = labels[known].astype(np.int64) * num_classes + answers[known]
+    if void is not None:
+        known = labels != void
+        labels, answers = labels[known], answers[known]
+    pairs = labels.astype(np.int64) * num_classes + answers
     return np.bincount(pairs.ravel(), minlength=num_classes**2).reshape(num_classes, num_classes).astype(np.int64)
 
 

@@ -48,7 +48,7 @@ def test_a_sure_mistake_costs_much_but_not_everything() -> None:
 def test_figures_of_a_segmentation_worked_out_by_hand() -> None:
     labels = np.array([[0, 0, 1], [1, 255, 2]])
     answers = np.array([[0, 1, 1], [1, 0, 0]])
-    found = segmentation_metrics(confusion(labels, answers, 4), CLASSES, 1)
+    found = segmentation_metrics(confusion(labels, answers, 4, void=255), CLASSES, 1)
     assert found["n"] == 1
     assert found["classes"]["ant"] == pytest.approx({"pixels": 2, "iou": 1 / 3})
     assert found["classes"]["bee"] == pytest.approx({"pixels": 2, "iou": 2 / 3})

@@ -216,8 +216,29 @@ class Predictor:
                 found[name].append(output.float().cpu().numpy())
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
+    def features(self, images_NHWC: NDArray[np.uint8]) -> Iterator[list[Float32s]]:
+        """What the backbone gives to the heads, of one chunk of images after the other.
+
+        One array of features (n, D), or one (n, D, height, width) per map, from fine to coarse.
+
+        Raises:
+            ValueError: as ``predict``.
+        """
+        for _, pixels in self._chunks(images_NHWC):
+            with torch.inference_mode():
+                features = self._features(pixels)
+                maps = [features] if isinstance(features, Tensor) else list(features)
+                yield [values.float().cpu().numpy() for values in maps]
+
     def _forward(self, images_NHWC: NDArray[np.uint8]) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Number of its first image, and outputs on the device by name, of one chunk of images after the other."""
+        for start, pixels in self._chunks(images_NHWC):
+            with torch.inference_mode():
+                outputs = self._outputs(pixels)
+            yield start, outputs
+
+    def _chunks(self, images_NHWC: NDArray[np.uint8]) -> Iterator[tuple[int, Tensor]]:
+        """Number of its first image, and pixels, of one chunk of images after the other."""
         wanted = (*self._size, 3)
         if images_NHWC.dtype != np.uint8 or images_NHWC.ndim != 4 or images_NHWC.shape[1:] != wanted:
             raise ValueError(
@@ -229,14 +250,16 @@ class Predictor:
         pixels = torch.from_numpy(images_NHWC if usable else images_NHWC.copy(order="C"))
         step = self._chunk(len(images_NHWC))
         for start in range(0, len(images_NHWC), step):
-            with torch.inference_mode():
-                outputs = self._outputs(pixels[start : start + step])
-            yield start, outputs
+            yield start, pixels[start : start + step]
+
+    def _features(self, pixels_NHWC: Tensor) -> Any:
+        """What the backbone gives, on the device. uint8 (n, H, W, 3) travel as such; as NCHW they are channels_last."""
+        images = pixels_NHWC.to(self._scale.device, non_blocking=True).permute(0, 3, 1, 2).to(self._scale.dtype)
+        return self._backbone(images.mul_(self._scale).add_(self._shift).to(self._dtype))
 
     def _outputs(self, pixels_NHWC: Tensor) -> dict[str, Tensor]:
-        """Outputs on the device, of uint8 (n, H, W, 3), which travel as such; as NCHW they are channels_last."""
-        images = pixels_NHWC.to(self._scale.device, non_blocking=True).permute(0, 3, 1, 2).to(self._scale.dtype)
-        features = self._backbone(images.mul_(self._scale).add_(self._shift).to(self._dtype))
+        """Outputs of all models on the device, by name."""
+        features = self._features(pixels_NHWC)
         outputs = {}
         for name, head in self._heads.items():
             output = features if head is None else head(features)
