@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from winnow_jobs.duplicates import DuplicatesResult
     from winnow_jobs.ingest import IngestResult
     from winnow_jobs.predict import PredictResult
+    from winnow_jobs.train import TrainResult
     from winnow_jobs.workspace import Workspace
 
 _COLUMNS = (
@@ -48,7 +49,8 @@ def _open_row(run: Any) -> dict[str, Any]:
     selection = run.select()
     asked = run.plan.config.get("num_asked", {})
     done = run.plan.num_planned - num_positions(selection.missing)
-    verdict = f"{done:,} of {run.plan.num_planned:,} images written; `winnow runs resume {run.run_id}` continues it"
+    written = f"{done:,} of {run.plan.num_planned:,} images written; " if run.plan.num_planned else ""
+    verdict = f"{written}`winnow runs resume {run.run_id}` continues it"
     if run.num_stops():
         verdict = f"stopped for failures of access or storage; {verdict}"
     return {
@@ -80,13 +82,15 @@ def show_run(workspace: Workspace, run_id: str) -> dict[str, Any]:
     return {**_open_row(run), "digest": plan.digest, "host": plan.host, "code_version": plan.code_version}
 
 
-def resume(workspace: Workspace, run_id: str) -> PredictResult | AugmentResult | IngestResult | DuplicatesResult | Move:
+def resume(
+    workspace: Workspace, run_id: str
+) -> PredictResult | AugmentResult | IngestResult | DuplicatesResult | TrainResult | Move:
     """Finish an open run with the options it was started with.
 
     Raises:
         CallError: no such run, or it is closed already.
     """
-    from winnow_jobs import augment, duplicates, ingest, models, predict
+    from winnow_jobs import augment, duplicates, ingest, models, predict, train
 
     workspace.warehouse.check()
     ledger = workspace.warehouse.ledger
@@ -104,6 +108,8 @@ def resume(workspace: Workspace, run_id: str) -> PredictResult | AugmentResult |
         return duplicates.resume(workspace, run)
     if run.plan.job in ("promote", "rollback"):
         return models.resume(workspace, run)
+    if run.plan.job == "train":
+        return train.work_off(workspace, run)
     if run.plan.job == "augment":
         return augment.resume(workspace, run)
     return predict.resume(workspace, run)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from winnow_jobs.ingest import IngestResult
     from winnow_jobs.predict import PredictResult
     from winnow_jobs.search import SearchResult
+    from winnow_jobs.train import TrainResult
 
 
 class Workspace:
@@ -167,6 +168,12 @@ class Workspace:
         asked = Asked(where=where, limit=limit, retry_failures=retry_failures)
         return augment(self, policy, to, asked, num_copies=num_copies, format=format, dry_run=dry_run)
 
+    def train(self, task: str, *, head: bool = False, seed: int = 0, limit_labels: int | None = None) -> TrainResult:
+        """Make a model version from the current labels of a task; see ``winnow_jobs.train.train``."""
+        from winnow_jobs.train import train
+
+        return train(self, task, head=head, seed=seed, limit_labels=limit_labels)
+
     def models(self, task: str | None = None) -> list[Version]:
         """All model versions, by task, the newest first.
 
@@ -202,7 +209,9 @@ class Workspace:
 
         return duplicates(self, **options)
 
-    def resume(self, run_id: str) -> PredictResult | AugmentResult | IngestResult | DuplicatesResult | Move:
+    def resume(
+        self, run_id: str
+    ) -> PredictResult | AugmentResult | IngestResult | DuplicatesResult | TrainResult | Move:
         """Finish an open run with the options that it was started with."""
         from winnow_jobs.runs import resume
 

@@ -1,0 +1,155 @@
+"""The labels that a training learns from: which images, checked, and kept with the run so that it can be repeated."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from winnow.errors import CallError
+from winnow.splits import SPLITS
+
+if TYPE_CHECKING:
+    from winnow.config import TaskConfig
+    from winnow_connectors.query import QueryEngine
+
+SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string()),
+        pa.field("uri", pa.string()),
+        pa.field("version", pa.string()),
+        pa.field("size", pa.int64()),
+        pa.field("split", pa.string()),
+        pa.field("group", pa.string()),
+        pa.field("label", pa.string()),
+        pa.field("value", pa.string()),
+    ]
+)
+
+_LABELLED = """
+SELECT i.image_id, i.uri, i.version, i.size, i.split, i."group", l.label, l.value,
+    coalesce(i.parent, i.image_id) AS original, i.parent IS NOT NULL AS is_copy,
+    i.audit OR coalesce(l.audit, false) AS audit, i.image_id IN (SELECT image_id FROM quarantined) AS leaking
+FROM current_labels AS l JOIN current_images AS i USING (image_id)
+WHERE l.task = {task}
+ORDER BY i.image_id
+"""
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Labelled images of the three splits.
+
+    Attributes:
+        rows: of ``SCHEMA``, in the order of image ids.
+        num_unsure: labels without a class or mask, which were left out.
+        num_leaking: images left out because a near-duplicate of theirs lies in a split that measures.
+    """
+
+    rows: pa.Table
+    num_unsure: int = 0
+    num_leaking: int = 0
+
+    def digest(self) -> str:
+        """Hex digest of image ids, splits and labels."""
+        digest = hashlib.blake2b(digest_size=16)
+        for row in self.rows.select(["image_id", "split", "label", "value"]).to_pylist():
+            digest.update(json.dumps(list(row.values())).encode() + b"\n")
+        return digest.hexdigest()
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Labels by split and class."""
+        found: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
+        for split, label in zip(self.rows["split"].to_pylist(), self.rows["label"].to_pylist(), strict=True):
+            found[split][label] += 1
+        return {split: dict(sorted(counter.items())) for split, counter in found.items()}
+
+    def of(self, split: str) -> pa.Table:
+        """Rows of one split."""
+        return self.rows.filter(pc.equal(self.rows["split"], split))
+
+    def to_parquet(self) -> bytes:
+        sink = io.BytesIO()
+        pq.write_table(self.rows, sink, compression="zstd")
+        return sink.getvalue()
+
+    @classmethod
+    def from_parquet(cls, data: bytes) -> LabelledImages:
+        return cls(pq.read_table(pa.BufferReader(data)).cast(SCHEMA))
+
+
+def labelled_images(
+    engine: QueryEngine, task: str, config: TaskConfig, *, limit: int | None = None, seed: int = 0
+) -> LabelledImages:
+    """The current labels of a task, of images that are still there, without those of the audit reserve.
+
+    Of augmented copies only those of the train split count: nothing is measured on them.
+
+    Args:
+        engine: SQL over the warehouse.
+        task: its name.
+        config: its kind and classes.
+        limit: at most this many labelled originals of the train split, drawn by hash; a larger limit only adds some.
+        seed: of the drawing.
+
+    Raises:
+        CallError: no label at all, or labels that are no class of the task.
+    """
+    found = engine.sql(_LABELLED.format(task="'" + task.replace("'", "''") + "'"))
+    found = found.filter(pc.invert(found["audit"]))
+    if not found.num_rows:
+        raise CallError(
+            f"no image has a label for {task}; bring labels in with the images (`winnow ingest … --pattern "
+            "'{label}/*'`, or a manifest with the column label or mask)"
+        )
+    found = found.filter(pc.or_(pc.equal(found["split"], "train"), pc.invert(found["is_copy"])))
+    column = "value" if config.kind == "segmentation" else "label"
+    sure = found.filter(pc.is_valid(found[column]))
+    rows = sure.filter(pc.invert(sure["leaking"]))
+    if config.kind == "classification":
+        _check_known(rows, task, config)
+    if limit is not None:
+        rows = _draw(rows, limit, seed)
+    return LabelledImages(
+        rows=rows.select(SCHEMA.names).cast(SCHEMA).combine_chunks(),
+        num_unsure=found.num_rows - sure.num_rows,
+        num_leaking=sure.num_rows - int(pc.sum(pc.invert(sure["leaking"])).as_py() or 0),
+    )
+
+
+def _check_known(rows: pa.Table, task: str, config: TaskConfig) -> None:
+    """Every label is a class.
+
+    Raises:
+        CallError: it is not; or the task has no classes.
+    """
+    counts = Counter(rows["label"].to_pylist())
+    if config.classes is None:
+        names = json.dumps(sorted(counts), ensure_ascii=False)
+        raise CallError(
+            f"tasks.{task} has no classes, and the trained head needs them in an order; add to winnow.toml: "
+            f"classes = {names if len(names) < 2000 else names[:2000] + ' …'}"
+        )
+    unknown = sorted((name for name in counts if name not in config.classes), key=lambda name: -counts[name])
+    if unknown:
+        shown = ", ".join(f"{name!r} ({counts[name]:,})" for name in unknown[:5])
+        raise CallError(
+            f"{sum(counts[name] for name in unknown):,} labels are no class of {task}: {shown}"
+            f"{', …' if len(unknown) > 5 else ''}; add them to tasks.{task}.classes in winnow.toml, or correct them"
+        )
+
+
+def _draw(rows: pa.Table, limit: int, seed: int) -> pa.Table:
+    """All rows of val and test; of train, ``limit`` originals and their copies."""
+    is_train = pc.equal(rows["split"], "train")
+    originals = rows.filter(pc.and_(is_train, pc.invert(rows["is_copy"])))["image_id"].to_pylist()
+    ordered = sorted(originals, key=lambda image_id: hashlib.blake2b(f"{seed} {image_id}".encode()).digest())
+    drawn = pc.is_in(rows["original"], value_set=pa.array(ordered[:limit], pa.string()))
+    return rows.filter(pc.or_(pc.invert(is_train), drawn))
