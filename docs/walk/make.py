@@ -79,7 +79,7 @@ class Walk:
         lines: list[str] = []
         for command in commands:
             echo(f"$ {command}")
-            found = self._typed(command).replace(str(self.folder), "…").rstrip().split("\n")
+            found = self._typed(command).replace(str(self.folder), "…").strip().split("\n")
             lines += [f"$ {command}", *found[:keep], *(["…"] if len(found) > keep else [])]
         self.show("console", "\n".join(lines))
         return "\n".join(lines)
@@ -102,7 +102,7 @@ class Walk:
             said = process.stderr.read()
         if process.returncode:
             raise SystemExit(f"{command}: exit code {process.returncode}\n{printed.decode()}\n{said[-4000:]}")
-        return printed.decode().replace("\r\n", "\n")
+        return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", printed.decode()).replace("\r\n", "\n")
 
     def picture(self, name: str, image: Image.Image, text: str) -> None:
         """A picture beside the walk, as a small JPEG without metadata."""
