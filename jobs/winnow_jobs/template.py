@@ -18,7 +18,9 @@ from pydantic_core import PydanticUndefined
 from winnow.config import (
     AugmentationConfig,
     IngestConfig,
+    PolicyConfig,
     PredictConfig,
+    SelectConfig,
     SplitsConfig,
     StorageConfig,
     TaskConfig,
@@ -32,6 +34,7 @@ _HEADER = """\
 """
 
 _MILD = ({"name": "RandomHorizontalFlip", "p": 0.5}, {"name": "ColorJitter", "brightness": 0.2})
+_MIXED = {"margin": 0.5, "diversity": 0.3, "random": 0.2}
 
 
 def template(*, warehouse: str = "./warehouse", storage: str = "") -> str:
@@ -52,6 +55,8 @@ def template(*, warehouse: str = "./warehouse", storage: str = "") -> str:
         _section("ingest", IngestConfig, {}),
         _section("splits", SplitsConfig, {}),
         _section("predict", PredictConfig, {}),
+        _section("select", SelectConfig, {}),
+        _section("policies.mixed", PolicyConfig, _MIXED, commented=True),
     ]
     return "\n".join(parts)
 
@@ -133,6 +138,8 @@ def reference() -> str:
         ("[ingest]", IngestConfig),
         ("[splits]", SplitsConfig),
         ("[predict]", PredictConfig),
+        ("[select]", SelectConfig),
+        ("[policies.NAME]", PolicyConfig),
     ]
     parts = [_REFERENCE_HEAD]
     for name, model in sections:

@@ -20,6 +20,9 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Kind = Literal["classification", "segmentation", "embedding"]
 
+DEFAULT_POLICY = "default"
+"""Name of the policy that needs no section."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -192,6 +195,59 @@ class SplitsConfig(_Section):
         return self
 
 
+class PolicyConfig(_Section):
+    """What people see: the share of images that each strategy chooses (docs/selection.md). Shares add up to 1."""
+
+    least_confidence: Share = Field(0.0, description="Share of images whose likeliest class has a low probability.")
+    margin: Share = Field(
+        0.0, description="Share of images whose two likeliest classes are close; classification tasks only."
+    )
+    entropy: Share = Field(0.0, description="Share of images with a high entropy; of masks the mean over the pixels.")
+    disagreement: Share = Field(
+        0.0, description="Share of images whose augmented views disagree; needs augmentation in the task."
+    )
+    diversity: Share = Field(
+        0.0, description="Share of images that lie far from all that people know; needs an embedding task."
+    )
+    class_balance: Share = Field(0.0, description="Share of images of the classes that people have seen least of.")
+    random: Share = Field(0.0, description="Share of images chosen at random.")
+
+    @model_validator(mode="after")
+    def _add_up_to_one(self) -> PolicyConfig:
+        total = sum(self.shares().values())
+        if abs(total - 1.0) > 1e-6:
+            raise ValueError(f"the shares must add up to 1.0; they add up to {total:g}")
+        return self
+
+    def shares(self) -> dict[str, float]:
+        """Share of each strategy that has one."""
+        return {name: share for name in type(self).model_fields if (share := getattr(self, name)) > 0.0}
+
+
+class SelectConfig(_Section):
+    """Which images `winnow select` chooses for people."""
+
+    policy: TaskName = Field(
+        DEFAULT_POLICY,
+        description=(
+            "Name of a [policies.NAME] section. Without its section, default is 0.5 margin (of masks: entropy), 0.3 "
+            "diversity, 0.1 class_balance and 0.1 random; without an embedding task 0.8 margin and no diversity."
+        ),
+    )
+    audit_share: Share = Field(
+        0.1, description="Share of the budget that comes from the audit reserve, to be labelled blind."
+    )
+    embedding: TaskName | None = Field(
+        None, description="Embedding task whose vectors say what is alike; the only one by default."
+    )
+    near_duplicates: float = Field(
+        0.94,
+        gt=0.0,
+        le=1.0,
+        description="Cosine from which on images are near-duplicates, of which people see one; suits MobileNetV2.",
+    )
+
+
 class PredictConfig(_Section):
     """How predict runs. 0 or "auto" means: planned from what the cluster has."""
 
@@ -243,6 +299,8 @@ class Config(_Section):
     ingest: IngestConfig = Field(default_factory=IngestConfig)
     splits: SplitsConfig = Field(default_factory=SplitsConfig)
     predict: PredictConfig = Field(default_factory=PredictConfig)
+    select: SelectConfig = Field(default_factory=SelectConfig)
+    policies: dict[TaskName, PolicyConfig] = Field(default_factory=dict)
 
     @field_validator("storage")
     @classmethod
@@ -264,6 +322,39 @@ class Config(_Section):
                     f"sections: {known}"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _selection_exists(self) -> Config:
+        name, embedding = self.select.policy, self.select.embedding
+        if name != DEFAULT_POLICY and name not in self.policies:
+            known = ", ".join(sorted({DEFAULT_POLICY, *self.policies}))
+            raise ValueError(f"select.policy = {name!r} is unknown; configured policies: {known}")
+        if embedding is not None and (embedding not in self.tasks or self.tasks[embedding].kind != "embedding"):
+            known = ", ".join(self.embedding_tasks) or "none"
+            raise ValueError(
+                f'select.embedding = {embedding!r} is no task with kind = "embedding"; configured ones: {known}'
+            )
+        return self
+
+    @property
+    def embedding_tasks(self) -> list[str]:
+        """Names of the tasks whose answers are vectors."""
+        return [name for name, task in self.tasks.items() if task.kind == "embedding"]
+
+    def policy(self, name: str, kind: Kind) -> PolicyConfig:
+        """The policy of that name, for a task of that kind.
+
+        Raises:
+            CallError: no such section; the message lists those that exist.
+        """
+        if name in self.policies:
+            return self.policies[name]
+        if name != DEFAULT_POLICY:
+            known = ", ".join(sorted({DEFAULT_POLICY, *self.policies}))
+            raise CallError(f"policy {name!r} is unknown; configured policies: {known}")
+        shares = {"diversity": 0.3} if self.embedding_tasks else {}
+        uncertainty = "entropy" if kind == "segmentation" else "margin"
+        return PolicyConfig(**{**shares, uncertainty: 0.8 - sum(shares.values()), "class_balance": 0.1, "random": 0.1})
 
     def augmentation(self, name: str) -> AugmentationConfig:
         """The augmentation policy of that name.
@@ -360,6 +451,7 @@ def _section_class(location: tuple[int | str, ...]) -> type[_Section] | None:
         "storage": StorageConfig,
         "tasks": TaskConfig,
         "augmentations": AugmentationConfig,
+        "policies": PolicyConfig,
     }
     first = str(location[0])
     if first in tables:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from winnow import errors
-from winnow.config import load_config, parse_config
+from winnow.config import Kind, load_config, parse_config
 from winnow.errors import FAILURE_KINDS, CallError, ConfigError, ImageError, WinnowError
 
 
@@ -55,6 +55,11 @@ def test_all_faults_are_reported_at_once_with_key_value_and_what_is_valid() -> N
         ('[tasks.a]\nmodel = "m"\nclasses = ["cat"]\n', "at least two"),
         ('[tasks.a]\nmodel = "m"\nclasses = ["cat", "dog", "cat"]\n', "given twice: cat"),
         ("[predict]\nbatch_size = true\n", "predict.batch_size = True"),
+        ("[policies.p]\nmargin = 0.5\nrandom = 0.4\n", "policies.p: the shares must add up to 1.0; they add up to 0.9"),
+        ("[policies.p]\nmargn = 1.0\n", "did you mean margin?"),
+        ('[select]\npolicy = "p"\n', "select.policy = 'p' is unknown; configured policies: default"),
+        ('[select]\nembedding = "a"\n[tasks.a]\nmodel = "m"\n', "select.embedding = 'a' is no task with kind ="),
+        ("[select]\naudit_share = 1.1\n", "select.audit_share = 1.1"),
         ("[predict\n", "is not valid TOML"),
     ],
 )
@@ -86,6 +91,27 @@ def test_unknown_task_lists_those_that_exist() -> None:
         config.task("object")
     with pytest.raises(CallError, match=r"add a \[tasks.NAME\] section"):
         parse_config("").task("objects")
+
+
+ALIKE = '[tasks.alike]\nkind = "embedding"\nmodel = "torchvision/resnet18"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "shares"),
+    [
+        ("", "classification", {"margin": 0.8, "class_balance": 0.1, "random": 0.1}),
+        (ALIKE, "classification", {"margin": 0.5, "diversity": 0.3, "class_balance": 0.1, "random": 0.1}),
+        (ALIKE, "segmentation", {"entropy": 0.5, "diversity": 0.3, "class_balance": 0.1, "random": 0.1}),
+        (ALIKE + "[policies.default]\nrandom = 1.0\n", "segmentation", {"random": 1.0}),
+    ],
+)
+def test_the_default_policy_needs_no_section(text: str, kind: Kind, shares: dict[str, float]) -> None:
+    assert parse_config(text).policy("default", kind).shares() == shares
+
+
+def test_unknown_policy_lists_those_that_exist() -> None:
+    with pytest.raises(CallError, match="policy 'mine' is unknown; configured policies: default, own"):
+        parse_config("[policies.own]\nrandom = 1.0\n").policy("mine", "classification")
 
 
 def test_configuration_is_frozen() -> None:
