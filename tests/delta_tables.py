@@ -35,6 +35,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "task": "parts", "model": "parts@1", "area_share": 0.5, "confidence": 0.5, "entropy": 0.1,
         "box": [0.0, 0.0, 1.0, 1.0], "at": at(0),
     },
+    "embeddings": {"task": "alike", "model": "alike@1", "at": at(0)},
+    "queue": {
+        "task": "kind", "round": 1, "model": "kind@1", "reason": "margin", "rank": 1, "policy": "default",
+        "audit": False, "at": at(0),
+    },
     "labels": {
         "task": "kind", "event": "created", "origin": "label_studio", "server": "ls", "project": 1, "updated_at": at(0),
     },

@@ -122,6 +122,25 @@ QUALIFY row_number() OVER (
     ORDER BY origin = 'label_studio' DESC, updated_at DESC, run_finished_at DESC, annotation_id DESC
 ) = 1
 """,
+    # A skip is an answer too. An annotation of an earlier round is none: ties come back as a new round.
+    "queue_waiting": f"""
+WITH {_FINISHED}, {_LAST_SEEN},
+annotations AS (
+    SELECT labels.* FROM labels JOIN finished USING (run) WHERE origin = 'label_studio'
+    QUALIFY row_number() OVER (
+        PARTITION BY server, project, annotation_id
+        ORDER BY updated_at DESC, event IN ('deleted', 'skipped') DESC, event = 'changed' DESC, run_finished_at DESC
+    ) = 1
+),
+answered AS (
+    SELECT image_id, task, max(coalesce(round, 2147483647)) AS round FROM annotations WHERE event != 'deleted'
+    GROUP BY image_id, task
+)
+SELECT q.image_id, s.uri, q.task, q.round, q.model, q.reason, q.score, q.rank, q.policy, q.audit, q.run, q."at",
+    coalesce(s.{_CURRENT}, false) AS current
+FROM queue AS q SEMI JOIN finished USING (run) LEFT JOIN seen AS s USING (image_id)
+WHERE NOT EXISTS (FROM answered AS a WHERE a.image_id = q.image_id AND a.task = q.task AND a.round >= q.round)
+""",
     "production": f"""
 WITH {_FINISHED}
 SELECT m.task, m.version, m.event, m.run, m."at" FROM models AS m SEMI JOIN finished USING (run)

@@ -178,6 +178,48 @@ def test_of_two_annotators_the_newest_counts(warehouse: HandMade) -> None:
     assert label_of(warehouse) == [("dog", "label_studio")]
 
 
+def waiting(warehouse: HandMade) -> list[tuple[Any, ...]]:
+    return warehouse.rows("SELECT image_id, round FROM queue_waiting ORDER BY ALL")
+
+
+def test_a_queue_row_waits_until_a_person_labels_or_skips_the_image(warehouse: HandMade) -> None:
+    for image_id in "abcd":
+        warehouse.add("images", image_id=image_id)
+        warehouse.add("queue", image_id=image_id)
+    warehouse.add("queue", image_id="a", task="other")
+    warehouse.add("queue", image_id="e", run="unfinished")
+    warehouse.add("labels", image_id="a", label="cat", round=1)
+    warehouse.add("labels", image_id="b", event="skipped")
+    warehouse.add("labels", image_id="c", label="cat", origin="imported", event="imported")
+    assert waiting(warehouse) == [("a", 1), ("c", 1), ("d", 1)]
+    assert warehouse.rows("SELECT task FROM queue_waiting WHERE image_id = 'a'") == [("other",)]
+
+
+def test_a_deleted_annotation_and_a_new_round_wait_again(warehouse: HandMade) -> None:
+    for image_id in "ab":
+        warehouse.add("images", image_id=image_id)
+        warehouse.add("queue", image_id=image_id)
+    warehouse.add("labels", image_id="a", annotation_id=7, label="cat", round=1)
+    warehouse.add("labels", image_id="a", annotation_id=7, event="deleted", round=1, updated_at=at(5))
+    warehouse.add("labels", image_id="b", annotation_id=8, label="cat", round=1)
+    assert waiting(warehouse) == [("a", 1)]
+    warehouse.add("queue", image_id="b", round=2)
+    assert waiting(warehouse) == [("a", 1), ("b", 2)]
+    warehouse.add("labels", image_id="b", annotation_id=9, label="dog", round=2)
+    assert waiting(warehouse) == [("a", 1)]
+
+
+def test_the_queue_says_where_an_image_lies_and_that_it_is_gone(warehouse: HandMade) -> None:
+    for image_id in "ab":
+        warehouse.add("images", image_id=image_id)
+        warehouse.add("queue", image_id=image_id)
+    warehouse.add("images", image_id="b", event="vanished", seen_at=at(9))
+    assert warehouse.rows("SELECT uri, current FROM queue_waiting ORDER BY 1") == [
+        ("file:///a.jpg", True),
+        ("file:///b.jpg", False),
+    ]
+
+
 def results_of(warehouse: HandMade) -> list[tuple[Any, ...]]:
     return warehouse.rows("SELECT label, source, confidence, model FROM results")
 
