@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from winnow_jobs.duplicates import DuplicatesResult
     from winnow_jobs.ingest import IngestResult
     from winnow_jobs.predict import PredictResult
+    from winnow_jobs.selection import SelectResult
     from winnow_jobs.train import TrainResult
     from winnow_jobs.workspace import Workspace
 
@@ -84,13 +85,13 @@ def show_run(workspace: Workspace, run_id: str) -> dict[str, Any]:
 
 def resume(
     workspace: Workspace, run_id: str
-) -> PredictResult | AugmentResult | IngestResult | DuplicatesResult | TrainResult | Move:
+) -> PredictResult | AugmentResult | IngestResult | DuplicatesResult | SelectResult | TrainResult | Move:
     """Finish an open run with the options it was started with.
 
     Raises:
         CallError: no such run, or it is closed already.
     """
-    from winnow_jobs import augment, duplicates, ingest, models, predict, train
+    from winnow_jobs import augment, duplicates, ingest, models, predict, selection, train
 
     workspace.warehouse.check()
     ledger = workspace.warehouse.ledger
@@ -106,6 +107,8 @@ def resume(
         return ingest.resume(workspace, run)
     if run.plan.job == "duplicates":
         return duplicates.resume(workspace, run)
+    if run.plan.job == "select":
+        return selection.resume(workspace, run)
     if run.plan.job in ("promote", "rollback"):
         return models.resume(workspace, run)
     if run.plan.job == "train":

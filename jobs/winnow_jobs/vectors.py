@@ -77,6 +77,11 @@ class Vectors:
     def is_empty(self) -> bool:
         return bool(self.dataset.head(1, columns=["image_id"], filter=self._mine).num_rows == 0)
 
+    def ids(self) -> Iterator[Ids]:
+        """Image ids, batch by batch, in the order of ``stream``; no vector is read."""
+        for batch in self.dataset.scanner(columns=["image_id"], filter=self._mine).to_batches():
+            yield as_ids(batch.column(0))
+
     def stream(self) -> Iterator[tuple[Ids, NDArray[np.float32]]]:
         """Image ids (N,) and vectors (N, D), batch by batch, also of images that are gone; memory stays flat.
 

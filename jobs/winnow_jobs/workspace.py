@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from winnow_jobs.ingest import IngestResult
     from winnow_jobs.predict import PredictResult
     from winnow_jobs.search import SearchResult
+    from winnow_jobs.selection import SelectResult
     from winnow_jobs.train import TrainResult
 
 
@@ -209,9 +210,15 @@ class Workspace:
 
         return duplicates(self, **options)
 
+    def select(self, budget: int, **options: Any) -> SelectResult:
+        """Choose images for people and queue them; see ``winnow_jobs.selection.select`` for the options."""
+        from winnow_jobs.selection import select
+
+        return select(self, budget, **options)
+
     def resume(
         self, run_id: str
-    ) -> PredictResult | AugmentResult | IngestResult | DuplicatesResult | TrainResult | Move:
+    ) -> PredictResult | AugmentResult | IngestResult | DuplicatesResult | SelectResult | TrainResult | Move:
         """Finish an open run with the options that it was started with."""
         from winnow_jobs.runs import resume
 

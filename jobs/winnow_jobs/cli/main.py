@@ -26,6 +26,7 @@ _COMMANDS = {
     "models": "List and show model versions, choose the one that answers.",
     "search": "Find the images most like one image.",
     "duplicates": "Find images that show the same, and images unlike all others.",
+    "select": "Choose the images that people should see next.",
     "query": "Ask the tables with SQL.",
     "export": "Write results for other engines (Parquet, CSV, COCO), and masks.",
     "runs": "List, show, resume or abandon runs.",
@@ -33,6 +34,9 @@ _COMMANDS = {
     "services": "Start, stop or show the local S3 server.",
     "demo": "The main job on real photographs, from nothing.",
 }
+
+_MODULES = {"select": "selection"}
+"""Where a command's module has another name: ``select`` is one of the standard library's."""
 
 
 class Call:
@@ -58,7 +62,7 @@ class _Group(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"winnow_jobs.cli.{name}").command
+        command: click.Command = importlib.import_module(f"winnow_jobs.cli.{_MODULES.get(name, name)}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

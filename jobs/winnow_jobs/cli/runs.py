@@ -62,9 +62,10 @@ def resume(call: Call, run_id: str, as_json: bool) -> None:
     """Finish an open run with the options it was started with."""
     from winnow_connectors.registry import Move
     from winnow_jobs.augment import AugmentResult
-    from winnow_jobs.cli import augment, duplicates, ingest, models, output, train
+    from winnow_jobs.cli import augment, duplicates, ingest, models, output, selection, train
     from winnow_jobs.duplicates import DuplicatesResult
     from winnow_jobs.ingest import IngestResult
+    from winnow_jobs.selection import SelectResult
     from winnow_jobs.train import TrainResult
 
     result = call.workspace.resume(run_id)
@@ -76,6 +77,8 @@ def resume(call: Call, run_id: str, as_json: bool) -> None:
         augment.print_result(result)
     elif isinstance(result, DuplicatesResult):
         duplicates.print_result(result)
+    elif isinstance(result, SelectResult):
+        selection.print_result(result)
     elif isinstance(result, Move):
         models.print_move(result)
     elif isinstance(result, TrainResult):
