@@ -85,6 +85,7 @@ bench: $(READY) ## measure rates and memory, and print them; with PHOTOS=folder 
 	@$(PY) bench/query.py --s3
 	@$(PY) bench/decoding.py
 	@$(PY) bench/similarity.py
+	@$(PY) bench/selection.py
 ifdef PHOTOS
 	@$(PY) bench/predict.py "$(PHOTOS)"
 	@$(PY) bench/predict.py "$(PHOTOS)" --s3
