@@ -342,6 +342,7 @@ def _look_and_choose(workspace: Workspace, call: SelectCall) -> _Selected:
         "audit": len(audit_ids),
         "candidates": num,
         "repeats": int(taken_N.sum()) + num_repeats,
+        "vectors": 0 if covered is None else len(covered.indices_M),
         **{name: sum(choice.strategy == name for choice in choices) for name in call.shares},
     }
     ids = [candidates.ids_N[choice.index].decode() for choice in choices]
@@ -453,6 +454,8 @@ def _result_of(
     verdict = f"{num_policy:,} of {counts['candidates']:,} candidates and {counts['audit']:,} of the audit reserve"
     if counts["repeats"]:
         verdict += f"; {counts['repeats']:,} passed over as repetitions"
+    if "diversity" in call.shares and counts["vectors"] < counts["candidates"]:
+        verdict += f"; only {counts['vectors']:,} candidates have a vector for diversity"
     if counts["chosen"] < call.budget:
         verdict += f"; {call.budget - counts['chosen']:,} fewer than the budget: there are no more"
     if counts["audit"] < call.num_audit:

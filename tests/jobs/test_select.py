@@ -22,7 +22,7 @@ import workspaces as ws
 from delta_tables import HandMade, at
 from winnow.errors import CallError, OpenRunError
 from winnow.splits import audit_positions
-from winnow_jobs import Workspace
+from winnow_jobs import Workspace, candidates
 from winnow_jobs.cli.main import cli
 from winnow_jobs.spec import answerer, views_of
 
@@ -313,6 +313,23 @@ def test_diversity_goes_furthest_from_all_that_people_know(tmp_path: Path) -> No
         assert row["reason"] == "diversity"
         centers.append(vectors[row["number"]])
     assert result.num_chosen == 20
+    assert "only 288 candidates have a vector" in result.verdict
+
+
+def test_more_vectors_than_memory_is_kept_for_give_the_same_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Made(tmp_path, ALIKE, diversity=1.0)
+    made.images(100)
+    made.predictions(np.zeros(100))
+    vectors = spread(100, dimensions=6)
+    made.vectors(vectors)
+    monkeypatch.setattr(candidates, "_IN_MEMORY_BYTES", 0)
+    made.workspace.select(10)
+    chosen = made.chosen()
+    for place in range(1, 10):
+        distances = 1 - (vectors @ vectors[chosen[:place]].T).max(axis=1)
+        assert distances[chosen[place]] == pytest.approx(distances.max(), abs=1e-5)
 
 
 def test_answers_of_a_mean_over_views_are_looked_at_when_the_task_has_one(tmp_path: Path) -> None:
