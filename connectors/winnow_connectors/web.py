@@ -60,11 +60,30 @@ def kind_of_status(status: int, code: str = "") -> tuple[str, bool]:
 
 
 class HttpFault(Exception):
-    """One request failed. Stays inside the connectors: callers see FetchError or StorageError."""
+    """One request failed. Stays inside the connectors: callers see FetchError or StorageError.
 
-    def __init__(self, kind: str, detail: str, *, passing: bool, retry_after_s: float = 0.0) -> None:
+    Attributes:
+        kind: as in ``winnow.errors.FAILURE_KINDS``.
+        detail: what happened, for a message.
+        passing: the same request may succeed later.
+        retry_after_s: how long the server asks to wait.
+        status: HTTP status; None when there was no answer.
+        body: start of the answer.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        detail: str,
+        *,
+        passing: bool,
+        retry_after_s: float = 0.0,
+        status: int | None = None,
+        body: bytes = b"",
+    ) -> None:
         super().__init__(kind, detail)
         self.kind, self.detail, self.passing, self.retry_after_s = kind, detail, passing, retry_after_s
+        self.status, self.body = status, body
 
 
 class HttpClient:
@@ -103,15 +122,28 @@ class HttpClient:
                 time.sleep(pause_s)
 
     @contextmanager
-    def open(self, method: str, url: str, headers: Mapping[str, str]) -> Iterator[urllib3.BaseHTTPResponse]:
-        """A successful response whose body is still to be read; what goes wrong while it is open is an HttpFault."""
+    def open(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        *,
+        body: bytes | None = None,
+        silence_s: float | None = None,
+    ) -> Iterator[urllib3.BaseHTTPResponse]:
+        """A successful response whose body is still to be read; what goes wrong while it is open is an HttpFault.
+
+        ``body`` is sent; ``silence_s`` is the longest wait for the answer instead of ``Patience.silence_s``.
+        """
         response: urllib3.BaseHTTPResponse | None = None
         complete = False
+        options: dict[str, Any] = {"body": body, "preload_content": False}
+        if silence_s is not None:
+            options["timeout"] = urllib3.Timeout(connect=self.patience.silence_s, read=silence_s)
         try:
             response = self._pool(url).request(
-                method, url, headers={"User-Agent": "winnow", "Accept-Encoding": "identity", **headers},
-                preload_content=False,
-            )  # fmt: skip
+                method, url, headers={"User-Agent": "winnow", "Accept-Encoding": "identity", **headers}, **options
+            )
             if response.status >= 300:
                 raise _refusal(response)
             yield response
@@ -246,7 +278,8 @@ def info_of(uri: str, headers: Mapping[str, str]) -> ObjectInfo:
 
 
 def _refusal(response: urllib3.BaseHTTPResponse) -> HttpFault:
-    found = re.search(rb"<Code>(\w+)</Code>", response.read(4096))
+    body = response.read(4096)
+    found = re.search(rb"<Code>(\w+)</Code>", body)
     code = found[1].decode() if found else ""
     kind, passing = kind_of_status(response.status, code)
     detail = f"{response.status} {code or response.reason or ''}".strip()
@@ -254,7 +287,7 @@ def _refusal(response: urllib3.BaseHTTPResponse) -> HttpFault:
         detail += f"; the bucket is in region {region}"
     wait = response.headers.get("Retry-After", "")
     retry_after_s = min(float(wait), 30.0) if wait.isdecimal() else 0.0
-    return HttpFault(kind, detail, passing=passing, retry_after_s=retry_after_s)
+    return HttpFault(kind, detail, passing=passing, retry_after_s=retry_after_s, status=response.status, body=body)
 
 
 def _fault(error: HTTPError, *, in_body: bool) -> HttpFault:

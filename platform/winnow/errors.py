@@ -9,6 +9,7 @@
     │   └── MaskError         a mask, or a label of pixels, is malformed or does not fit
     ├── JobError              the job started and could not finish (exit code 1)
     │   ├── OpenRunError      another run holds the same work
+    │   ├── ReviewError       Label Studio refused, or cannot be reached
     │   ├── StoppedError      too many images failed for reasons of access or storage
     │   └── StorageError      the warehouse or a bucket cannot be used
     └── ImageError            one image could not be answered: becomes a row in ``outcomes``
@@ -66,6 +67,10 @@ class JobError(WinnowError):
 
 class OpenRunError(JobError):
     """Another, different run is open on the same work."""
+
+
+class ReviewError(JobError):
+    """The server on which people review refused a request, or cannot be reached."""
 
 
 class StoppedError(JobError):
