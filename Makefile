@@ -70,7 +70,7 @@ test: check ## check, then the whole suite, without the long ones below
 .PHONY: test-fast
 test-fast: $(READY) ## the tests that start no Ray, no server, no browser
 	@echo "test-fast: without Ray, servers and browsers"
-	@$(PY) -m pytest -m "not ray and not s3 and not browser and not chaos"
+	@$(PY) -m pytest -m "not ray and not s3 and not label_studio and not browser and not chaos"
 
 .PHONY: test-chaos
 test-chaos: $(READY) ## kill processes again and again at full size: 20,000 images each

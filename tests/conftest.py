@@ -1,7 +1,8 @@
-"""What the tests of every floor share: real data, a real S3 server, cached weights."""
+"""What the tests of every floor share: real data, real servers, cached weights."""
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from winnow_connectors.label_studio import LabelStudio
+    from winnow_jobs.local_label_studio import LocalLabelStudio
     from winnow_jobs.local_s3 import LocalS3
 
 SHARED_DATA = (Path(__file__).resolve().parents[1] / ".." / "shared" / "data").resolve()
@@ -68,6 +71,46 @@ def s3_env(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_server.secret_key)
     monkeypatch.setenv("AWS_REGION", s3_server.region)
     return s3_server
+
+
+@pytest.fixture(scope="session")
+def label_studio_server(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LocalLabelStudio]:
+    """A real Label Studio on 127.0.0.1, started once.
+
+    The first time it is installed into pytest's cache (about 1 GB) and its database made; later sessions take a copy.
+    """
+    from winnow_jobs.local_label_studio import RELEASE, LocalLabelStudio
+
+    assert pytestconfig.cache is not None
+    cache = pytestconfig.cache.mkdir(f"label-studio-{RELEASE}")
+    environment, blank = cache / "environment", cache / "blank"
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another session of this checkout may be at it
+        if not (cache / "made").exists():
+            first = LocalLabelStudio(blank, environment=environment)
+            first.start()
+            first.stop()
+            (cache / "made").touch()
+        home = tmp_path_factory.mktemp("label-studio") / "home"
+        shutil.copytree(blank, home)
+    (home / "label-studio.json").unlink()  # a port of its own
+    server = LocalLabelStudio(home, environment=environment)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill9()
+
+
+@pytest.fixture
+def label_studio(label_studio_server: LocalLabelStudio) -> LabelStudio:
+    """The session's Label Studio, opened with its token."""
+    from winnow_connectors.label_studio import LabelStudio
+    from winnow_connectors.objects import Patience
+
+    return LabelStudio(label_studio_server.url, label_studio_server.token, patience=Patience(60.0, 60.0))
 
 
 @pytest.fixture(scope="session")

@@ -186,9 +186,13 @@ photographs ship inside scikit-image and scikit-learn.
 """
     )
     walk.say("## A bucket\n\nA local S3 server stands in for yours.")
-    walk.run("winnow services up --bucket photos")
+    walk.run("winnow services up --only s3 --bucket photos")
     status = subprocess.run(
-        [WINNOW, "services", "status", "--json"], cwd=walk.folder, check=True, capture_output=True, text=True
+        [WINNOW, "services", "status", "--only", "s3", "--json"],
+        cwd=walk.folder,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     (walk.folder / "winnow.toml").write_text(section_of(status.stdout) + CONFIG)
     fill_bucket(walk)

@@ -19,15 +19,18 @@ class ServiceStatus:
     """One service as it is now.
 
     Attributes:
-        name: ``s3``.
-        running: its process lives and answers requests signed with its keys.
+        name: ``s3`` or ``label-studio``.
+        running: its process lives and answers requests made with its keys.
         address: where it answers, such as ``http://127.0.0.1:20333``; None before the first start.
         pid: its process, also when it lives and does not answer; None when there is none.
         data: folder that holds its data.
         log: folder that holds its log.
-        credentials_file: AWS-style credentials; ``profile`` names the section.
-        region: region that its addresses are signed for.
+        credentials_file: of ``s3`` in the style of AWS, ``profile`` names the section; of ``label-studio`` environment
+            variables as lines NAME=VALUE.
         detail: the state in words.
+        profile: section of the credentials file (``s3``).
+        region: region that its addresses are signed for (``s3``).
+        user: who can log in in the browser (``label-studio``); the password stands in the credentials file.
     """
 
     name: str
@@ -37,14 +40,15 @@ class ServiceStatus:
     data: Path
     log: Path
     credentials_file: Path
-    profile: str
-    region: str
     detail: str
+    profile: str | None = None
+    region: str | None = None
+    user: str | None = None
 
     @property
     def config_section(self) -> str | None:
-        """The section of winnow.toml that makes s3:// URLs go to this server; None before the first start."""
-        if self.address is None:
+        """The section of winnow.toml that makes s3:// URLs go to this server; None for others, and before the start."""
+        if self.address is None or self.profile is None:
             return None
         return "\n".join(
             [
@@ -68,6 +72,7 @@ class ServiceStatus:
             "log": str(self.log),
             "credentials_file": str(self.credentials_file),
             "profile": self.profile,
+            "user": self.user,
             "detail": self.detail,
             "config": self.config_section,
         }

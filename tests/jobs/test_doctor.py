@@ -413,15 +413,15 @@ def test_before_init_the_command_exits_0_and_a_named_file_must_be_there(
 @pytest.mark.s3
 def test_services_commands_speak_json(tmp_path: Path) -> None:
     try:
-        up = _winnow(tmp_path, "services", "up", "--bucket", "photos", "--json")
+        up = _winnow(tmp_path, "services", "up", "--only", "s3", "--bucket", "photos", "--json")
         assert up.returncode == 0, up.stderr
         (service,) = json.loads(up.stdout)["services"]
         assert service["running"]
-        again = _winnow(tmp_path, "services", "status", "--json")
+        again = _winnow(tmp_path, "services", "status", "--only", "s3", "--json")
         assert json.loads(again.stdout)["services"] == [service]
-        assert '[storage."s3://"]' in _winnow(tmp_path, "services", "up").stdout
+        assert '[storage."s3://"]' in _winnow(tmp_path, "services", "up", "--only", "s3").stdout
         down = _winnow(tmp_path, "services", "down", "--json")
-        assert not json.loads(down.stdout)["services"][0]["running"]
+        assert [service["running"] for service in json.loads(down.stdout)["services"]] == [False, False]
         wrong = _winnow(tmp_path, "services", "up", "--bucket", "NO")
         assert wrong.returncode == 2
         assert "bucket name 'NO'" in wrong.stderr

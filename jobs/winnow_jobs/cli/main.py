@@ -31,7 +31,7 @@ _COMMANDS = {
     "export": "Write results for other engines (Parquet, CSV, COCO), and masks.",
     "runs": "List, show, resume or abandon runs.",
     "doctor": "Check this machine, the configuration and the storage.",
-    "services": "Start, stop or show the local S3 server.",
+    "services": "Start, stop or show the local S3 server and Label Studio.",
     "demo": "The main job on real photographs, from nothing.",
 }
 
