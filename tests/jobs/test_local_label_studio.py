@@ -8,15 +8,21 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from winnow.errors import CallError, JobError
+from winnow_connectors import label_studio, label_sync
 from winnow_connectors.label_config import label_config
 from winnow_connectors.label_studio import LabelStudio
+from winnow_connectors.label_sync import sync
+from winnow_connectors.label_tasks import class_result, prediction
+from winnow_connectors.objects import Patience
 from winnow_jobs import services
 from winnow_jobs.daemons import start_mark
 from winnow_jobs.local_label_studio import RELEASE, USER, LocalLabelStudio
@@ -91,6 +97,48 @@ def test_it_starts_once_keeps_everything_over_kill9_and_down_ends_it(folder: Pat
     assert after.pid is not None
     assert not psutil.pid_exists(after.pid)
     assert services.down_label_studio(folder) == stopped
+
+
+def test_a_push_and_a_pull_survive_kill9_of_the_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(label_sync, "_MAX_TASKS", 50)
+    monkeypatch.setattr(label_studio, "_PAGE", 40)
+    services.up_label_studio(folder)
+    server = _local(folder)
+    opened = LabelStudio(server.url, server.token, patience=Patience(60.0, 120.0))
+    config = label_config("classification", ["a", "b"])
+    project_id = opened.create_project("pets", config=config, instructions="", in_order=True).project_id
+    ids = [f"{number:032x}" for number in range(400)]
+
+    def make(image_ids: Sequence[str]) -> list[dict[str, Any]]:
+        predictions = [prediction("pets@1", 1, class_result("a"))]
+        return [{"data": {"image": f"s3://x/{n}", "image_id": n}, "predictions": predictions} for n in image_ids]
+
+    def restart() -> None:
+        server.kill9()
+        server.start()
+
+    restarts: list[threading.Thread] = []
+
+    def on_progress(num_done: int) -> None:
+        if num_done in (100, 250):
+            restarts.append(threading.Timer(0.05, restart))  # while the next chunk is on its way
+            restarts[-1].start()
+
+    done = sync(opened, project_id, ids, make, model="pets@1", on_progress=on_progress)
+    for thread in restarts:
+        thread.join()
+    assert len(restarts) == 2
+    assert done.num_new == 400
+    tasks = list(opened.tasks(project_id))
+    assert sorted(task.image_id for task in tasks) == ids
+    assert all(task.models == {"pets@1"} for task in tasks)
+
+    seen = []
+    for number, task in enumerate(opened.changed_tasks(project_id, None)):
+        seen.append(task.data["image_id"])
+        if number == 100:
+            restart()
+    assert sorted(seen) == ids
 
 
 def test_the_command_prints_how_to_log_in_and_no_secret(folder: Path) -> None:
