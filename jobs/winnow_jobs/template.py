@@ -123,6 +123,7 @@ Secrets never stand in the file:
 | `s3://` | `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY` (`AWS_SESSION_TOKEN`) | `profile`, the machine's role |
 | `gs://` | `GOOGLE_APPLICATION_CREDENTIALS` (a file) | the machine's role |
 | `az://` | `AZURE_STORAGE_ACCOUNT_NAME`, `AZURE_STORAGE_ACCOUNT_KEY` | the machine's role |
+| Label Studio | `LABEL_STUDIO_API_KEY`, and its address in `LABEL_STUDIO_URL` | – |
 
 Jobs run on Ray on this machine, or on the cluster that `RAY_ADDRESS` names.
 """
