@@ -83,7 +83,7 @@ def up(
         found.append(status)
         if not as_json:
             _print(status)
-            click.echo("\nfor `winnow review`, its address and token as environment variables:\n")
+            click.echo("\nits address and token as environment variables:\n")
             click.echo(f"set -a; . {shlex.quote(str(status.credentials_file))}; set +a")
     if as_json:
         _print_json(found)
