@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from winnow.coreset import Coverage
-from winnow.similarity import NearRule
+from winnow.similarity import BLOCK_ROWS, Floats, NearRule
 from winnow.splits import audit_positions
 from winnow_jobs.vectors import Ids, Vectors, as_ids, positions, quoted
 
@@ -64,13 +64,12 @@ class Question:
 
     def audit_images(self, engine: QueryEngine) -> list[str]:
         """Originals of the audit reserve that the model answered and nobody has seen, in the order of their hashes."""
-        rows = engine.sql(
-            f"""
-            WITH {_FINISHED}, {self._answers}, {self._known}
-            SELECT i.image_id, i."group" AS "group"
-            FROM current_images AS i SEMI JOIN answers USING (image_id) ANTI JOIN known USING (image_id)
-            WHERE i.audit AND i.parent IS NULL
+        wanted = """
+            SELECT image_id, "group" FROM current_images ANTI JOIN known USING (image_id)
+            WHERE audit AND parent IS NULL
             """
+        rows = engine.sql(
+            f'{self._with(wanted)} SELECT image_id, "group" FROM wanted SEMI JOIN answers USING (image_id)'
         )
         ids, groups = (rows[name].to_pylist() for name in ("image_id", "group"))
         return [image_id for _, image_id in sorted(zip(audit_positions(groups).tolist(), ids, strict=True))]
@@ -85,29 +84,32 @@ class Question:
             columns: of the answers, to be read as numbers.
             labels: where the classes get their numbers.
         """
+        wanted = """
+            SELECT image_id FROM current_images ANTI JOIN known USING (image_id) ANTI JOIN quarantined USING (image_id)
+            WHERE split = 'train' AND NOT audit AND parent IS NULL
+            """
         names = sorted(set(columns))
         numbers = "".join(f", a.{name}::FLOAT" for name in names)
         statement = f"""
-            WITH {_FINISHED}, {self._answers}, {self._known}
-            SELECT i.image_id, a.label, {_HASHES}, true{numbers}
-            FROM current_images AS i JOIN answers AS a USING (image_id) ANTI JOIN known USING (image_id)
-                ANTI JOIN quarantined USING (image_id) LEFT JOIN hashes AS h USING (image_id)
-            WHERE i.split = 'train' AND NOT i.audit AND i.parent IS NULL
+            {self._with(wanted)}
+            SELECT image_id, a.label, {_HASHES}, true{numbers}
+            FROM wanted JOIN answers AS a USING (image_id) LEFT JOIN hashes AS h USING (image_id)
             ORDER BY image_id
             """
         return Images.read(engine, statement, names, labels)
 
     def references(self, engine: QueryEngine, labels: Labels) -> Images:
         """Originals that people know, also such as are gone. Without the audit reserve, which serves nothing else."""
+        wanted = """
+            SELECT image_id, max(split) AS split
+            FROM images SEMI JOIN known USING (image_id) SEMI JOIN finished USING (run)
+            GROUP BY image_id HAVING NOT bool_or(audit) AND max(parent) IS NULL
+            """
         statement = f"""
-            WITH {_FINISHED}, {self._answers}, {self._known},
-            originals AS (
-                SELECT image_id, max(split) AS split FROM images SEMI JOIN finished USING (run)
-                GROUP BY image_id HAVING NOT bool_or(audit) AND max(parent) IS NULL
-            )
-            SELECT image_id, coalesce(l.label, a.label), {_HASHES}, i.split = 'train'
-            FROM known JOIN originals AS i USING (image_id) LEFT JOIN labelled AS l USING (image_id)
-                LEFT JOIN answers AS a USING (image_id) LEFT JOIN hashes AS h USING (image_id)
+            {self._with(wanted)}
+            SELECT image_id, coalesce(l.label, a.label), {_HASHES}, w.split = 'train'
+            FROM wanted AS w LEFT JOIN labelled AS l USING (image_id) LEFT JOIN answers AS a USING (image_id)
+                LEFT JOIN hashes AS h USING (image_id)
             ORDER BY image_id
             """
         return Images.read(engine, statement, [], labels)
@@ -116,17 +118,38 @@ class Question:
     def _is_mine(self) -> str:
         return f"task = {quoted(self.task)} AND model = {quoted(self.model)}"
 
+    def _with(self, wanted: str) -> str:
+        """Common table expressions about the images that a statement wants, which may use ``known``.
+
+        ``labelled`` and ``known``: all images that are labelled, and those that ever were in the queue as well;
+        ``answers``: the model's newest to each wanted image; ``hashes``: of its bytes and pixels.
+        """
+        of_task = f"task = {quoted(self.task)}"
+        return f"""
+WITH {_FINISHED},
+labelled AS (SELECT image_id, any_value(label) AS label FROM current_labels WHERE {of_task} GROUP BY image_id),
+known AS (
+    SELECT image_id FROM labelled
+    UNION SELECT image_id FROM queue SEMI JOIN finished USING (run) WHERE {of_task}
+),
+wanted AS ({wanted}), {self._answers},
+hashes AS (
+    SELECT image_id, max(sha256) AS sha256, max(pixel_hash) AS pixel_hash, max(phash) AS phash
+    FROM outcomes SEMI JOIN wanted USING (image_id) SEMI JOIN finished USING (run)
+    WHERE status = 'answered' GROUP BY image_id
+)"""
+
     @property
     def _answers(self) -> str:
-        """The newest answer of the model to each image, as common table expressions that end in ``answers``."""
         if self.kind == "classification":
             return f"""
 answers AS (
-    SELECT image_id, label, confidence, margin, entropy, disagreement FROM predictions JOIN finished USING (run)
-    WHERE {self._is_mine}
+    SELECT image_id, label, confidence, margin, entropy, disagreement
+    FROM predictions SEMI JOIN wanted USING (image_id) JOIN finished USING (run) WHERE {self._is_mine}
     QUALIFY row_number() OVER (PARTITION BY image_id ORDER BY run_finished_at DESC, "at" DESC) = 1
 )"""
-        # Means over all pixels, summed in one order. An image's class is that of its classes which fewest images show.
+        # Means over all pixels, summed in one order. An image's class is that of its classes which fewest images show,
+        # wanted or not.
         return f"""
 parts AS (
     SELECT image_id, label, area_share, confidence, entropy, disagreement FROM segments JOIN finished USING (run)
@@ -139,22 +162,7 @@ answers AS (
         sum(area_share::DOUBLE * confidence ORDER BY place) AS confidence, NULL::FLOAT AS margin,
         sum(area_share::DOUBLE * entropy ORDER BY place) AS entropy,
         sum(area_share::DOUBLE * disagreement ORDER BY place) AS disagreement
-    FROM parts JOIN places USING (label) GROUP BY image_id
-)"""
-
-    @property
-    def _known(self) -> str:
-        """``known``: images that are labelled, or ever were in the queue; ``hashes``: of every image that was read."""
-        of_task = f"task = {quoted(self.task)}"
-        return f"""
-labelled AS (SELECT image_id, any_value(label) AS label FROM current_labels WHERE {of_task} GROUP BY image_id),
-known AS (
-    SELECT image_id FROM labelled
-    UNION SELECT image_id FROM queue SEMI JOIN finished USING (run) WHERE {of_task}
-),
-hashes AS (
-    SELECT image_id, max(sha256) AS sha256, max(pixel_hash) AS pixel_hash, max(phash) AS phash
-    FROM outcomes SEMI JOIN finished USING (run) WHERE status = 'answered' GROUP BY image_id
+    FROM parts SEMI JOIN wanted USING (image_id) JOIN places USING (label) GROUP BY image_id
 )"""
 
 
@@ -278,21 +286,26 @@ class Covered:
             return None
         rows_N = np.full(num_candidates, -1, dtype=np.int64)
         rows_N[indices_M] = np.arange(len(indices_M))
-        vectors_MD: NDArray[np.float32] = np.zeros((0, 0), dtype=np.float32)
+        vectors_MD: Floats = np.zeros((0, 0), dtype=np.float32)
+        known_RD: Floats = vectors_MD
+        known_R = np.zeros(len(references.ids_N), dtype=np.bool_)
         for image_ids, batch_ND in vectors.stream():
             if not vectors_MD.size:
                 vectors_MD = _room(len(indices_M), batch_ND.shape[1])
+                known_RD = _room(len(known_R), batch_ND.shape[1])
             indices = positions(candidates.ids_N, image_ids)
             found = np.flatnonzero(indices >= 0)
             vectors_MD[rows_N[indices[found]]] = batch_ND[found]
-        phashes_M, start = candidates.phashes_N[indices_M], int(order_N[indices_M].argmin())
-        coverage = Coverage(vectors_MD, phashes_M, rule, num=num, start=start)
-        for image_ids, batch_ND in vectors.stream() if len(references.ids_N) else ():
             indices = positions(references.ids_N, image_ids)
             found = np.flatnonzero(indices >= 0)
-            if found.size:
-                known = indices[found]
-                coverage.refer(batch_ND[found], references.phashes_N[known], references.is_center_N[known])
+            known_RD[indices[found]] = batch_ND[found]
+            known_R[indices[found]] = True
+        phashes_M, start = candidates.phashes_N[indices_M], int(order_N[indices_M].argmin())
+        coverage = Coverage(vectors_MD, phashes_M, rule, num=num, start=start)
+        known = np.flatnonzero(known_R)
+        for first in range(0, len(known), BLOCK_ROWS):
+            block = known[first : first + BLOCK_ROWS]
+            coverage.refer(known_RD[block], references.phashes_N[block], references.is_center_N[block])
         return cls(coverage, indices_M, rows_N)
 
 
