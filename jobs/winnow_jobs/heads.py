@@ -6,6 +6,7 @@ Legend: N images, D features, C classes; label maps (H, W).
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import time
 import zlib
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from winnow.errors import FAILURE_KINDS, CallError, FetchError, JobError, MaskError, StoppedError
+from winnow.errors import FAILURE_KINDS, FetchError, JobError, MaskError, StoppedError
 from winnow.mask_files import read_label
 from winnow.masks import label_dtype, resize_to_source
 from winnow.metrics import classification_metrics, confusion, segmentation_metrics
@@ -33,7 +34,7 @@ from winnow_jobs.reading import Read
 if TYPE_CHECKING:
     from torch import nn
 
-    from winnow.config import Kind
+    from winnow.config import Kind, PredictConfig
     from winnow_jobs.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class HeadJob:
         seed: int,
         backbone: ResolvedModel,
         labels: LabelledImages,
+        reading: PredictConfig,
     ) -> None:
         from winnow.models.loading import load_network
         from winnow.models.networks import state_of
@@ -96,6 +98,7 @@ class HeadJob:
         self.seed = seed
         self.backbone = backbone
         self.labels = labels
+        self.reading = reading
         self.network = load_network(backbone, fetch=workspace.stores.download)
         self.state = {key: tensor.clone() for key, tensor in state_of(self.network).items()}
         self.num_images: Counter[str] = Counter(dict.fromkeys(SPLITS, 0))
@@ -128,7 +131,7 @@ class HeadJob:
         total = self.labels.rows.num_rows
         with (
             Progress("features", total) as progress,
-            FeatureReader(self.backbone, self.network, self.workspace.stores, self.workspace.config.predict) as reader,
+            FeatureReader(self.backbone, self.network, self.workspace.stores, self.reading) as reader,
         ):
             for split in SPLITS:
                 for featured in reader.read(self.labels.of(split).to_pylist(), self.fail):
@@ -152,7 +155,7 @@ class HeadJob:
         if len(self._examples) < 3:
             self._examples.append(message if uri in message else f"{uri}: {message}")
         num_failed = sum(self.failures.values())
-        share = self.workspace.config.predict.max_failure_share
+        share = self.reading.max_failure_share
         systemic = sum(count for name, count in self.failures.items() if _is_systemic(name))
         num_seen = num_failed + sum(self.num_images.values())
         if num_seen >= _LEAST_TO_STOP and max(systemic, self.failures["label"]) > share * num_seen:
@@ -268,6 +271,16 @@ def _names(names: Sequence[str]) -> str:
 # ---------------------------------------------------------------------------------------------------------------- masks
 
 
+def _mask_uri(value: str) -> str | None:
+    """The file that a label names, if it is well-formed and names one; what else it may be, ``read_label`` says."""
+    try:
+        content = json.loads(value)
+    except (ValueError, RecursionError):
+        return None
+    uri = content.get("mask") if isinstance(content, dict) else None
+    return uri if isinstance(uri, str) and uri else None
+
+
 @dataclass(frozen=True)
 class _Truth:
     """The label map of an image at its own size, packed."""
@@ -300,13 +313,19 @@ def learn_masks(job: HeadJob) -> Learned:
         def use(reader: FeatureReader, featured: Featured) -> None:
             split = featured.images[0].row["split"]
             kept, targets = [], []
+            masks = reader.reader.fetch(filter(None, (_mask_uri(image.row["value"]) for image in featured.images)))
+
+            def read(uri: str) -> bytes:
+                found = masks[uri]
+                if isinstance(found, FetchError):
+                    raise found
+                return found
+
             for number, image in enumerate(featured.images):
                 row = image.row
                 try:
-                    labels_HW = read_label(
-                        row["value"], job.classes, width=image.width, height=image.height, read=reader.reader.fetch
-                    )
-                except (MaskError, FetchError, CallError) as error:
+                    labels_HW = read_label(row["value"], job.classes, width=image.width, height=image.height, read=read)
+                except (MaskError, FetchError) as error:
                     job.leave_out(row["uri"], "label", f"{row['uri']}: {error.message}")
                     continue
                 kept.append(number)

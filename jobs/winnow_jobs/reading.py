@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from winnow.config import PredictConfig
 from winnow.decoders import DecoderPool
-from winnow.errors import ImageError
+from winnow.errors import FetchError, ImageError
 from winnow.images import DecodeLimits, View
+from winnow.uris import UNVERSIONED
 from winnow_connectors.object_store import ObjectStores
 
 T = TypeVar("T")
@@ -84,14 +85,22 @@ class ImageReader:
         """Every image of the rows, in their order, as they become ready."""
         return self._in_order(self._one(row) for row in rows)
 
-    def fetch(self, uri: str) -> bytes:
-        """The bytes of another object, such as a mask.
+    def fetch(self, uris: Iterable[str]) -> dict[str, bytes | FetchError]:
+        """The bytes of other objects, such as masks, all at once, or why they cannot be read."""
 
-        Raises:
-            FetchError: it cannot be read.
-        """
-        read = self._stores.read(self._stores.canonical(uri), version="unversioned", max_bytes=self._max_bytes)
-        return asyncio.run_coroutine_threadsafe(read, self._loop).result()
+        async def one(uri: str) -> bytes | FetchError:
+            try:
+                return await self._stores.read(
+                    self._stores.canonical(uri), version=UNVERSIONED, max_bytes=self._max_bytes
+                )
+            except FetchError as error:
+                return error
+
+        async def every(names: list[str]) -> list[bytes | FetchError]:
+            return await asyncio.gather(*map(one, names))
+
+        names = list(dict.fromkeys(uris))
+        return dict(zip(names, asyncio.run_coroutine_threadsafe(every(names), self._loop).result(), strict=True))
 
     async def _one(self, row: Row) -> Read:
         try:

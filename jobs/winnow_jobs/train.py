@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 TRAINER = 1
 """Raised when the same labels give another version than before."""
 
+_READING = ("precision", "scaled_decoding", "max_bytes", "max_pixels")
+"""Keys of ``[predict]`` that decide the features."""
+
 _LABELS = "labels.parquet"
 _MAX_ATTEMPTS = 20
 
@@ -105,6 +108,7 @@ def train(
         "seed": seed,
         "labels": labels.digest(),
         "backbone": json.loads(backbone.to_json()),
+        "reading": {name: getattr(workspace.config.predict, name) for name in _READING},
         "trainer": TRAINER,
     }
     digest = digest_of({**plan, "backbone": {**plan["backbone"], "location": ""}})
@@ -150,7 +154,16 @@ def work_off(workspace: Workspace, run: Run) -> TrainResult:
     backbone = ResolvedModel.from_json(json.dumps(plan["backbone"]))
     labels = LabelledImages.from_parquet(run.store.get(run.key(_LABELS)))
     learn = learn_masks if plan["kind"] == "segmentation" else learn_labels
-    job = HeadJob(workspace, plan["task"], plan["kind"], tuple(plan["classes"]), plan["seed"], backbone, labels)
+    job = HeadJob(
+        workspace,
+        plan["task"],
+        plan["kind"],
+        tuple(plan["classes"]),
+        plan["seed"],
+        backbone,
+        labels,
+        workspace.config.predict.model_copy(update=plan["reading"]),
+    )
     learned = learn(job)
     warnings = (*_left_out(plan.get("left_out", {})), *job.warnings())
     weights = _to_safetensors(job.state | {f"head.{key}": value for key, value in learned.head.state_dict().items()})

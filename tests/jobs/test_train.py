@@ -153,6 +153,29 @@ def test_a_limit_adds_labels_to_those_of_a_smaller_one(tmp_path: Path) -> None:
     assert len(drawn(100)) == 18
 
 
+@pytest.mark.ray
+def test_predict_asks_the_promoted_version(tmp_path: Path, ray_session: None) -> None:
+    workspace = labelled(tmp_path, splits={"train": 5, "val": 0, "test": 3})
+    made = train(workspace)
+    workspace.promote(made.version)
+    result = workspace.predict(["colour"])
+    assert (result.models, result.num_answered) == ({"colour": "colour@1"}, 24)
+    counted = ws.one(
+        workspace,
+        """
+        SELECT count(*) AS images, avg((p.label = l.label)::INT) AS accuracy
+        FROM latest_predictions AS p JOIN current_labels AS l USING (image_id, task)
+        JOIN current_images AS i USING (image_id) WHERE p.model = 'colour@1' AND i.split = 'test'
+        """,
+    )
+    assert counted == {"images": 9, "accuracy": made.metrics["test"]["accuracy"]}
+    assert workspace.predict(["colour"]).status == "nothing to do"
+    workspace.rollback("colour")
+    with pytest.raises(CallError):  # the model of winnow.toml has other classes than its file
+        workspace.predict(["colour"], dry_run=True)
+    assert workspace.predict(["colour"], models=["colour@1"]).status == "nothing to do"
+
+
 # -------------------------------------------------------------------------------------------------------- which images
 
 

@@ -76,7 +76,10 @@ def test_images_choose_the_strength() -> None:
     unrelated = random.normal(size=(60, D)).astype(np.float32)
     nothing_to_learn = fit_linear_head(noise, labels, C, chooser=(unrelated, labels))
     assert nothing_to_learn.strength in STRENGTHS[:2]
-    assert list(nothing_to_learn.log_losses) == list(STRENGTHS)
+    # Weaker ones than two in a row that were worse are not tried.
+    tried = list(nothing_to_learn.log_losses)
+    assert tried == list(STRENGTHS[: len(tried)])
+    assert len(tried) < len(STRENGTHS)
     much_to_learn = fit_linear_head(*clouds(60, spread=0.1), C, chooser=clouds(60, seed=1, spread=0.1))
     assert much_to_learn.strength == STRENGTHS[-1]
     assert much_to_learn.strength == min(much_to_learn.log_losses, key=lambda tried: much_to_learn.log_losses[tried])

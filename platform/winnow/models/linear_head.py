@@ -31,6 +31,9 @@ USUAL_STRENGTH = 0.1
 _ABSENT = 10.0
 """The logit of a class without labels lies this far below the mean of the others, which lies below the highest."""
 
+_SMALL = 10_000_000
+"""Features, over all images, that one thread fits sooner than several that wait for each other after every product."""
+
 _MAX_STEPS = 500
 _TOLERANCE = 1e-5
 """Largest entry of the gradient at which a fit counts as finished; the loss is about 1."""
@@ -88,6 +91,23 @@ def fit_linear_head(
     """
     if not np.isfinite(features_ND).all():
         raise JobError("the backbone answers NaN or infinity for some images; check its weights")
+    num_threads = torch.get_num_threads()
+    if features_ND.size <= _SMALL:
+        torch.set_num_threads(1)
+    try:
+        return _fit(features_ND, labels_N, num_classes, chooser, folds_N, on_fit)
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _fit(
+    features_ND: Features,
+    labels_N: Labels,
+    num_classes: int,
+    chooser: tuple[Features, Labels] | None,
+    folds_N: Labels | None,
+    on_fit: Callable[[int, int], None],
+) -> LinearHead:
     present = np.unique(labels_N)
     plans: list[tuple[Features, Labels, Features, Labels]] = []
     if chooser is not None:
@@ -98,30 +118,46 @@ def fit_linear_head(
             if len(np.unique(labels_N[rest])) > 1:
                 plans.append((features_ND[rest], labels_N[rest], features_ND[~rest], labels_N[~rest]))
     total = len(plans) * len(STRENGTHS) + 1
-    done = 0
-    losses = dict.fromkeys(STRENGTHS, 0.0)
-    num_judged = 0
-    for train_ND, train_N, judge_ND, judge_N in plans:
-        known = np.unique(train_N)
-        judged = np.isin(judge_N, known)  # what nobody showed, no strength can make right
-        num_judged += int(judged.sum())
-        for strength, fitted in _path(train_ND, train_N, num_classes, STRENGTHS):
-            losses[strength] += _log_loss_sum(fitted, judge_ND[judged], judge_N[judged])
-            done += 1
-            on_fit(done, total)
-    log_losses = {strength: loss / num_judged for strength, loss in losses.items()} if num_judged else {}
+    log_losses = _judge(plans, num_classes, lambda done: on_fit(done, total))
     # Of equal losses the stronger penalty: dicts keep the order of STRENGTHS.
     strength = min(log_losses, key=lambda tried: log_losses[tried]) if log_losses else USUAL_STRENGTH
     path = [tried for tried in STRENGTHS if tried > strength * 1.01] + [strength]
-    *_, (_, (weight_CD, bias_C)) = _path(features_ND, labels_N, num_classes, path[-3:])
+    *_, (weight_CD, bias_C) = _path(features_ND, labels_N, num_classes, path[-3:])
     on_fit(total, total)
     logger.info("linear head: %d images, %d classes, L2 strength %g", len(labels_N), len(present), strength)
     return LinearHead(weight_CD, bias_C, strength, log_losses)
 
 
+def _judge(
+    plans: Sequence[tuple[Features, Labels, Features, Labels]], num_classes: int, on_fit: Callable[[int], None]
+) -> dict[float, float]:
+    """Mean log-loss over all plans by strength, strongest first, until two in a row are worse than the best.
+
+    Weaker ones would be worse still, and take longest to fit.
+    """
+    paths = [_path(train_ND, train_N, num_classes, STRENGTHS) for train_ND, train_N, _, _ in plans]
+    # What nobody showed, no strength can make right.
+    judged = [np.isin(judge_N, train_N) for _, train_N, _, judge_N in plans]
+    num_judged = sum(int(each.sum()) for each in judged)
+    log_losses: dict[float, float] = {}
+    if not num_judged:
+        return log_losses
+    done = 0
+    for strength in STRENGTHS:
+        loss = 0.0
+        for path, known, (_, _, judge_ND, judge_N) in zip(paths, judged, plans, strict=True):
+            loss += _log_loss_sum(next(path), judge_ND[known], judge_N[known])
+            done += 1
+            on_fit(done)
+        log_losses[strength] = loss / num_judged
+        if len(log_losses) > 2 and min(log_losses.values()) < min(list(log_losses.values())[-2:]):
+            break
+    return log_losses
+
+
 def _path(
     features_ND: Features, labels_N: Labels, num_classes: int, strengths: Sequence[float]
-) -> Iterator[tuple[float, tuple[NDArray[np.float64], NDArray[np.float64]]]]:
+) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
     """Weight and bias for each strength; each fit starts where the one before ended."""
     mean_D = features_ND.mean(axis=0, dtype=np.float64)
     scale = math.sqrt(features_ND.var(axis=0, dtype=np.float64).mean()) or 1.0
@@ -138,7 +174,7 @@ def _path(
         weight_CD = np.tile(weight.mean(axis=0), (num_classes, 1))
         bias_C = np.full(num_classes, bias.mean() - _ABSENT)
         weight_CD[present], bias_C[present] = weight, bias
-        yield strength, (weight_CD, bias_C)
+        yield weight_CD, bias_C
 
 
 def _minimise(standard_ND: Tensor, targets_N: Tensor, weight_KD: Tensor, bias_K: Tensor, strength: float) -> None:
