@@ -64,7 +64,7 @@ check: $(READY) ## format, lint, strict types, import floors
 
 .PHONY: test
 test: check ## check, then the whole suite, without the long ones below
-	@echo "test: whole suite (it starts Ray, S3 and Label Studio servers: about an hour on 2 cores)"
+	@echo "test: whole suite (it starts Ray, S3 and Label Studio servers)"
 	@$(PY) -m pytest -m "not chaos"
 
 .PHONY: test-fast
