@@ -269,6 +269,9 @@ class LocalS3:
             "-admin.ui=false",
             f"-s3.config={self.home / 's3.json'}",
             "-s3.autoCreateBucket=false",  # a mistyped bucket must fail
+            # By default as many volumes as the free disk could hold when full: at 50 GB free, the 55th bucket takes no
+            # object. A volume takes what is in it; a disk nearly full still refuses writes.
+            "-volume.max=100000",
             "-volume.preStopSeconds=0",
             "-s3.port.iceberg=0",
             "-s3.port.lance=0",
