@@ -66,6 +66,8 @@ class Project:
     title: str
     config: str
     model: str
+    description: str = ""
+    num_tasks: int = 0
     created: bool = False
 
 
@@ -99,12 +101,14 @@ class KnownTask:
     Attributes:
         task_id: its number.
         image_id: of its image; empty for a task that is none of ours.
+        round: of the queue row that it was made from; 0 for a task that is none of ours.
         models: versions whose predictions it has.
         answered: somebody annotated or skipped it.
     """
 
     task_id: int
     image_id: str
+    round: int
     models: frozenset[str]
     answered: bool
 
@@ -226,13 +230,19 @@ class LabelStudio:
 
     # -- projects ------------------------------------------------------------------------------------------------
 
-    def find_project(self, title: str) -> Project | None:
-        """The oldest project of exactly that title; None when there is none."""
+    def find_project(self, title: str, *, description: str | None = None) -> Project | None:
+        """The oldest project of exactly that title, and description if one is given; None when there is none."""
         found: list[int] = []
         page = 1
         while True:
-            answer = self._api.get("/api/projects/", title=title, include="id,title", page=page, page_size=100)
-            found += [int(item["id"]) for item in answer["results"] if item["title"] == title]
+            answer = self._api.get(
+                "/api/projects/", title=title, include="id,title,description", page=page, page_size=100
+            )
+            found += [
+                int(item["id"])
+                for item in answer["results"]
+                if item["title"] == title and description in (None, item["description"])
+            ]
             if answer["next"] is None:
                 break
             page += 1
@@ -348,6 +358,7 @@ class LabelStudio:
                 yield KnownTask(
                     task_id=int(task["id"]),
                     image_id=str(task["data"].get("image_id") or ""),
+                    round=round_of(task["data"]),
                     models=frozenset(models.split(",") if isinstance(models, str) else models) - {""},
                     answered=bool(task.get("total_annotations") or task.get("cancelled_annotations")),
                 )
@@ -428,6 +439,12 @@ class LabelStudio:
         )
 
 
+def round_of(data: Mapping[str, Any]) -> int:
+    """The round that a task's data tell; 0 when they tell none."""
+    number = data.get("round")
+    return number if isinstance(number, int) else 0
+
+
 def _changed_since(mark: str | None) -> Json:
     query: Json = {"ordering": ["tasks:updated_at"]}
     if mark is not None:
@@ -452,6 +469,8 @@ def _project(data: Mapping[str, Any], *, created: bool = False) -> Project:
         title=str(data["title"]),
         config=str(data["label_config"]),
         model=str(data.get("model_version") or ""),
+        description=str(data.get("description") or ""),
+        num_tasks=int(data.get("task_number") or 0),
         created=created,
     )
 

@@ -1,4 +1,7 @@
-"""Bring a Label Studio project to have one task per image, each with the model's prediction.
+"""Bring a Label Studio project to have one task per row of the queue, each with the model's prediction.
+
+A row is known by its image and round, and so is its task: an image comes back in a later round only when people
+disagreed about it.
 
 What the server has is read first; only what is missing is sent, in chunks, by one writer. A request without an answer
 may have been carried out, so after each such failure the server is read again. At the end it is read once more: what it
@@ -10,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from winnow.errors import ReviewError
@@ -20,8 +23,11 @@ from winnow_connectors.label_tasks import Json
 
 logger = logging.getLogger(__name__)
 
-Make = Callable[[Sequence[str]], Sequence[Json]]
-"""Gives, for some image ids, ``{"data": …, "predictions": […]}`` each; with no or one prediction."""
+TaskKey = tuple[str, int]
+"""image_id and round."""
+
+Make = Callable[[Sequence[TaskKey]], Sequence[Json]]
+"""Gives, for some keys, ``{"data": …, "predictions": […]}`` each; with no or one prediction."""
 
 _MAX_TASKS = 1000
 _MAX_BYTES = 32_000_000
@@ -35,14 +41,14 @@ class Synced:
     """What was done.
 
     Attributes:
-        task_ids: number of the task of every image asked for.
+        task_ids: number of the task of every key asked for.
         num_new: tasks that were not there.
         num_updated: unanswered tasks that got a prediction of the model beside older ones.
         num_known: tasks that were there as they should be.
-        num_doubles: second tasks of an image that were deleted.
+        num_doubles: second tasks of a key that were deleted.
     """
 
-    task_ids: dict[str, int]
+    task_ids: dict[TaskKey, int]
     num_new: int
     num_updated: int
     num_known: int
@@ -52,22 +58,21 @@ class Synced:
 def sync(
     server: LabelStudio,
     project_id: int,
-    image_ids: Sequence[str],
+    wanted: Mapping[TaskKey, str | None],
     make: Make,
     *,
-    model: str | None,
     on_progress: Callable[[int], None] = lambda num_done: None,
 ) -> Synced:
-    """Bring a project to have one task for each image, with a prediction of ``model``.
+    """Bring a project to have one task for each key, with the prediction that it is to have.
 
-    Tasks that somebody answered are left as they are, and so are tasks of other images.
+    Tasks that somebody answered are left as they are, and so are tasks of other keys.
 
     Args:
         server: where.
         project_id: of the project; no other process may write to it.
-        image_ids: each once, in the order in which tasks are created.
-        make: makes the tasks, for at most ``_MADE_AT_ONCE`` images a call.
-        model: version whose predictions ``make`` gives; None when it gives none.
+        wanted: by key, the model version whose prediction ``make`` gives, or None where it gives none; in the order in
+            which tasks are created.
+        make: makes the tasks, for at most ``_MADE_AT_ONCE`` keys a call.
         on_progress: told how many tasks were sent so far.
 
     Raises:
@@ -76,8 +81,8 @@ def sync(
     first = known = _known(server, project_id)
     unsure, num_sent = 0, 0
     for _ in range(_MAX_ROUNDS):
-        missing = [image_id for image_id in image_ids if image_id not in known]
-        outdated = [image_id for image_id in image_ids if _lacks(known.get(image_id), model)]
+        missing = [key for key in wanted if key not in known]
+        outdated = [key for key, model in wanted.items() if _lacks(known.get(key), model)]
         if not missing and not outdated:
             break
         try:
@@ -101,28 +106,29 @@ def sync(
             f"Label Studio at {server.url} accepted all tasks, but still lacks {len(missing):,} of them and "
             f"{len(outdated):,} predictions; let nothing else write to project {project_id}, and run this again"
         )
-    num_doubles = sum(_delete_doubles(server, known[image_id]) for image_id in image_ids)
-    before = [first.get(image_id) for image_id in image_ids]
+    num_doubles = sum(_delete_doubles(server, known[key]) for key in wanted)
+    num_new = sum(key not in first for key in wanted)
+    num_updated = sum(_lacks(first.get(key), model) for key, model in wanted.items())
     return Synced(
-        task_ids={image_id: _kept(known[image_id]).task_id for image_id in image_ids},
-        num_new=sum(tasks is None for tasks in before),
-        num_updated=sum(_lacks(tasks, model) for tasks in before),
-        num_known=sum(tasks is not None and not _lacks(tasks, model) for tasks in before),
+        task_ids={key: _kept(known[key]).task_id for key in wanted},
+        num_new=num_new,
+        num_updated=num_updated,
+        num_known=len(wanted) - num_new - num_updated,
         num_doubles=num_doubles,
     )
 
 
-def _known(server: LabelStudio, project_id: int) -> dict[str, list[KnownTask]]:
-    """The tasks of every image, oldest first."""
-    found: dict[str, list[KnownTask]] = {}
+def _known(server: LabelStudio, project_id: int) -> dict[TaskKey, list[KnownTask]]:
+    """The tasks of every key, oldest first."""
+    found: dict[TaskKey, list[KnownTask]] = {}
     for task in server.tasks(project_id):
         if task.image_id:
-            found.setdefault(task.image_id, []).append(task)
+            found.setdefault((task.image_id, task.round), []).append(task)
     return found
 
 
 def _kept(tasks: list[KnownTask]) -> KnownTask:
-    """Of several tasks of an image the one that stays: the first that somebody answered, else the first."""
+    """Of several tasks of a key the one that stays: the first that somebody answered, else the first."""
     return min(tasks, key=lambda task: (not task.answered, task.task_id))
 
 
@@ -143,17 +149,17 @@ def _delete_doubles(server: LabelStudio, tasks: list[KnownTask]) -> int:
 
 
 def _chunks(
-    image_ids: Sequence[str], make: Make, known: dict[str, list[KnownTask]] | None
+    keys: Sequence[TaskKey], make: Make, known: dict[TaskKey, list[KnownTask]] | None
 ) -> Iterator[tuple[bytes, int]]:
     """JSON lists of tasks, or of predictions for the tasks that are known, and how many are in each."""
     waiting: list[bytes] = []
     num_bytes = 0
-    for start in range(0, len(image_ids), _MADE_AT_ONCE):
-        some = image_ids[start : start + _MADE_AT_ONCE]
-        for image_id, made in zip(some, make(some), strict=True):
+    for start in range(0, len(keys), _MADE_AT_ONCE):
+        some = keys[start : start + _MADE_AT_ONCE]
+        for key, made in zip(some, make(some), strict=True):
             values = [made]
             if known is not None:
-                values = [{"task": _kept(known[image_id]).task_id, **value} for value in made["predictions"]]
+                values = [{"task": _kept(known[key]).task_id, **value} for value in made["predictions"]]
             for value in values:
                 data = json.dumps(value, separators=(",", ":")).encode()
                 if waiting and (len(waiting) == _MAX_TASKS or num_bytes + len(data) > _MAX_BYTES):

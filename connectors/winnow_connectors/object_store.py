@@ -39,6 +39,7 @@ from winnow_connectors.objects import (
 
 if TYPE_CHECKING:
     from winnow_connectors.buckets import Buckets
+    from winnow_connectors.credentials import S3Access
 
 __all__ = ["NotFoundError", "ObjectInfo", "ObjectStore", "ObjectStores"]
 
@@ -195,11 +196,25 @@ class ObjectStores:
         finally:
             work.cancel()  # if we were cancelled and it is still queued
 
-    def _backend(self, uri: str) -> Backend:
-        scheme = uris.scheme_of(uri)
-        prefix, config = next(
+    def s3_access(self, uri: str) -> S3Access:
+        """Who asks for the objects of an ``s3://`` URI, and where: for programs that read them for us.
+
+        Raises:
+            CallError: the file or the profile of its keys is missing or incomplete.
+        """
+        from winnow_connectors.credentials import resolve
+
+        return resolve(self._section(uri)[1], self._base_dir)
+
+    def _section(self, uri: str) -> tuple[str, StorageConfig]:
+        """The section that a URI belongs to, with its prefix."""
+        return next(
             ((prefix, config) for prefix, config in self._storage if uris.is_under(uri, prefix)), ("", StorageConfig())
         )
+
+    def _backend(self, uri: str) -> Backend:
+        scheme = uris.scheme_of(uri)
+        prefix, config = self._section(uri)
         kind = scheme if scheme in ("file", "http", "https", *_BUCKETS) else "fsspec"
         with self._lock:
             if (kind, prefix) not in self._backends:

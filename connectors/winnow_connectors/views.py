@@ -33,6 +33,9 @@ compared AS (
     GROUP BY task
 )"""
 
+_MASKS = """(value LIKE '{"segments"%' AND value NOT LIKE '%"answer":%')"""
+"""Painted masks; not where the person said something of the whole image."""
+
 VIEWS: dict[str, str] = {
     "current_images": f"""
 WITH {_FINISHED}, {_LAST_SEEN}
@@ -100,7 +103,9 @@ leaking AS (
 SELECT s.image_id, s.uri, s.split, l.task, l.group_id, l.leaks_into
 FROM leaking AS l JOIN seen AS s ON l.image_id = coalesce(s.parent, s.image_id) WHERE s.{_CURRENT}
 """,
-    # Of each annotation the last event counts (of two at one time: the deletion); then one label per image and task.
+    # Of each annotation the last event counts (of two at one time: the deletion), of each person the last answer. What
+    # most people said is the label, by the last who said so; where several answers are ahead together there is none.
+    # Masks are one answer: their pixels are put to the vote by `winnow review pull`, which adds a consensus.
     "current_labels": f"""
 WITH {_FINISHED},
 events AS (SELECT labels.*, run_finished_at FROM labels JOIN finished USING (run)),
@@ -111,15 +116,36 @@ annotations AS (
         ORDER BY updated_at DESC, event IN ('deleted', 'skipped') DESC, event = 'changed' DESC, run_finished_at DESC
     ) = 1
 ),
+votes AS (
+    SELECT *, CASE WHEN {_MASKS} THEN 'masks' ELSE concat_ws('|', label, value) END AS answer
+    FROM annotations WHERE event NOT IN ('deleted', 'skipped')
+    QUALIFY row_number() OVER (
+        PARTITION BY image_id, task, coalesce(annotator, annotation_id::VARCHAR)
+        ORDER BY updated_at DESC, run_finished_at DESC, annotation_id DESC
+    ) = 1
+),
+counted AS (SELECT *, count(*) OVER (PARTITION BY image_id, task, answer) AS num_votes FROM votes),
+ahead AS (SELECT * FROM counted QUALIFY num_votes = max(num_votes) OVER (PARTITION BY image_id, task)),
+agreed AS (
+    SELECT * EXCLUDE (answer, num_votes) FROM ahead
+    QUALIFY min(answer) OVER (PARTITION BY image_id, task) = max(answer) OVER (PARTITION BY image_id, task)
+),
+joint AS (
+    SELECT * FROM events WHERE origin = 'consensus'
+    QUALIFY row_number() OVER (PARTITION BY image_id, task ORDER BY updated_at DESC, run_finished_at DESC) = 1
+),
 valid AS (
-    SELECT * FROM annotations WHERE event NOT IN ('deleted', 'skipped')
+    SELECT *, if({_MASKS}, 1, 0) AS masks, 1 AS precedence FROM agreed
     UNION ALL
-    SELECT * FROM events WHERE origin = 'imported'
+    SELECT j.*, 1, 2 FROM joint AS j WHERE event != 'deleted'
+    UNION ALL
+    SELECT *, 0, 0 FROM events WHERE origin = 'imported'
 )
-SELECT * EXCLUDE run_finished_at FROM valid
+SELECT * EXCLUDE (run_finished_at, masks, precedence) FROM valid
 QUALIFY row_number() OVER (
     PARTITION BY image_id, task
-    ORDER BY origin = 'label_studio' DESC, updated_at DESC, run_finished_at DESC, annotation_id DESC
+    ORDER BY precedence = 1 AND masks = 0 DESC, precedence DESC, updated_at DESC, run_finished_at DESC,
+        annotation_id DESC
 ) = 1
 """,
     # A skip is an answer too. An annotation of an earlier round is none: ties come back as a new round.

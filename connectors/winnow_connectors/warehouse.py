@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from datetime import UTC, datetime
 
@@ -40,6 +41,11 @@ class Warehouse:
             return self.store.create("warehouse.json", json.dumps(stamp).encode())
         self.check()
         return False
+
+    @property
+    def identity(self) -> str:
+        """Hex digits that tell this warehouse from others, wherever it is moved: of the moment of its creation."""
+        return hashlib.blake2b(self.store.get("warehouse.json"), digest_size=6).hexdigest()
 
     def check(self) -> None:
         """Make sure that the warehouse exists in a format that this version reads.

@@ -36,6 +36,7 @@ class Read:
         row: as asked.
         views: one uint8 (H, W, 3) per view asked for; None when it failed.
         width, height: of the source, with the EXIF orientation applied; 0 when it failed.
+        format: Pillow's name of the format found in the bytes; empty when it failed.
         error: why it failed.
     """
 
@@ -43,6 +44,7 @@ class Read:
     views: tuple[NDArray[np.uint8], ...] | None = None
     width: int = 0
     height: int = 0
+    format: str = ""
     error: ImageError | None = None
 
 
@@ -112,7 +114,8 @@ class ImageReader:
         decoded = await asyncio.wrap_future(self._decoders.submit(data))
         if decoded.image is None:
             return Read(row, error=decoded.error)
-        return Read(row, decoded.image.views, decoded.image.width, decoded.image.height)
+        image = decoded.image
+        return Read(row, image.views, image.width, image.height, image.format)
 
     def _in_order(self, calls: Iterator[Coroutine[Any, Any, T]]) -> Iterator[T]:
         """Results in the order of the calls, of which a window is under way at a time."""

@@ -168,7 +168,7 @@ def select(
     workspace.warehouse.check()
     call = SelectCall(
         task=name,
-        model=_answerer(workspace, name),
+        model=answerer_of(workspace, name),
         kind=kind,
         budget=budget,
         policy=chosen,
@@ -176,7 +176,7 @@ def select(
         audit_share=config.select.audit_share,
         seed=seed,
         embedding=embedding,
-        embedding_model=_answerer(workspace, embedding) if embedding else None,
+        embedding_model=answerer_of(workspace, embedding) if embedding else None,
         threshold=config.select.near_duplicates,
     )
     return carry_out(workspace, call, dry_run=dry_run)
@@ -225,7 +225,7 @@ def _embedding(config: Config, policy: str, shares: Mapping[str, float]) -> str 
     raise CallError(f"there are several embedding tasks; name one as embedding in [select] of winnow.toml: {names}")
 
 
-def _answerer(workspace: Workspace, task: str) -> str:
+def answerer_of(workspace: Workspace, task: str) -> str:
     """Value of the column ``model`` in what answers a task now."""
     model = workspace.task_model(task)
     return answerer(model, views_of(workspace.config, task, model))

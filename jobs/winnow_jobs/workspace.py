@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from winnow_jobs.export_masks import MasksResult
     from winnow_jobs.ingest import IngestResult
     from winnow_jobs.predict import PredictResult
+    from winnow_jobs.pull import PullResult
+    from winnow_jobs.push import PushResult
+    from winnow_jobs.review_status import ReviewStatus
     from winnow_jobs.search import SearchResult
     from winnow_jobs.selection import SelectResult
     from winnow_jobs.train import TrainResult
@@ -215,6 +218,24 @@ class Workspace:
         from winnow_jobs.selection import select
 
         return select(self, budget, **options)
+
+    def push(self, *, task: str | None = None) -> list[PushResult]:
+        """Bring what waits in the queue to Label Studio; see ``winnow_jobs.push.push``."""
+        from winnow_jobs.push import push
+
+        return push(self, task=task)
+
+    def pull(self, *, task: str | None = None) -> list[PullResult]:
+        """Bring people's answers into the table ``labels``; see ``winnow_jobs.pull.pull``."""
+        from winnow_jobs.pull import pull
+
+        return pull(self, task=task)
+
+    def review_status(self, *, task: str | None = None) -> list[ReviewStatus]:
+        """How far people are, by the last pull; see ``winnow_jobs.review_status.review_status``."""
+        from winnow_jobs.review_status import review_status
+
+        return review_status(self, task=task)
 
     def resume(
         self, run_id: str

@@ -110,7 +110,7 @@ def majority_map(maps: Sequence[LabelMap]) -> LabelMap:
 
 def _by_two(counts_NC: NDArray[Any]) -> NDArray[Any]:
     """Rows of images that at least two people answered."""
-    return counts_NC[counts_NC.sum(axis=1) > 1]
+    return np.asarray(counts_NC[counts_NC.sum(axis=1) > 1])
 
 
 def _agreeing_N(counts_NC: NDArray[Any]) -> NDArray[np.float64]:

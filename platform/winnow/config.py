@@ -248,6 +248,18 @@ class SelectConfig(_Section):
     )
 
 
+class ReviewConfig(_Section):
+    """What people get to see in Label Studio; its address and token come from the environment."""
+
+    serve_originals: bool = Field(
+        False,
+        description=(
+            "Show annotators the original files instead of copies. This reveals their names and folders, and metadata "
+            "such as the place and the camera."
+        ),
+    )
+
+
 class PredictConfig(_Section):
     """How predict runs. 0 or "auto" means: planned from what the cluster has."""
 
@@ -301,6 +313,7 @@ class Config(_Section):
     predict: PredictConfig = Field(default_factory=PredictConfig)
     select: SelectConfig = Field(default_factory=SelectConfig)
     policies: dict[TaskName, PolicyConfig] = Field(default_factory=dict)
+    review: ReviewConfig = Field(default_factory=ReviewConfig)
 
     @field_validator("storage")
     @classmethod

@@ -179,6 +179,11 @@ def relative(uri: str, root: str) -> str:
     return _decode(scheme_of(uri), rest if root.endswith("/") else rest[1:])
 
 
+def parent(uri: str) -> str:
+    """The folder that an object or folder lies in, without a slash at its end."""
+    return uri.rstrip("/").rpartition("/")[0]
+
+
 def name_of(uri: str) -> str:
     """The last part of the key, decoded: the file name."""
     scheme, _, rest = uri.partition("://")

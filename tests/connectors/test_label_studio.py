@@ -9,6 +9,7 @@ import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -28,7 +29,7 @@ from winnow_connectors import label_studio as module
 from winnow_connectors import label_sync
 from winnow_connectors.label_config import add_classes, instructions, label_config
 from winnow_connectors.label_studio import LabelStudio, Project, S3Storage
-from winnow_connectors.label_sync import sync
+from winnow_connectors.label_sync import Synced, sync
 from winnow_connectors.label_tasks import (
     Json,
     ReviewItem,
@@ -65,6 +66,15 @@ def _make(image_ids: Sequence[str], *, model: str | None = "pets@1", label: str 
         predictions = [] if model is None else [prediction(model, rank, class_result(label, 0.5))]
         tasks.append({"data": task_data(item), "predictions": predictions})
     return tasks
+
+
+def _sync(
+    server: LabelStudio, project_id: int, image_ids: Sequence[str], make: Any, *, model: str | None, **options: Any
+) -> Synced:
+    """As ``sync``, of one round: with image ids for keys."""
+    wanted = {(image_id, 1): model for image_id in image_ids}
+    synced = sync(server, project_id, wanted, lambda keys: make([image_id for image_id, _ in keys]), **options)
+    return replace(synced, task_ids={image_id: number for (image_id, _), number in synced.task_ids.items()})
 
 
 def _project(server: LabelStudio, kind: Any = "classification") -> Project:
@@ -273,7 +283,7 @@ class TestSync:
         project_id = _project(label_studio).project_id
         ids = _ids(25)
         told: list[int] = []
-        first = sync(label_studio, project_id, ids, _make, model="pets@1", on_progress=told.append)
+        first = _sync(label_studio, project_id, ids, _make, model="pets@1", on_progress=told.append)
         assert (first.num_new, first.num_updated, first.num_known, first.num_doubles) == (25, 0, 0, 0)
         assert told == [10, 20, 25]
         _assert_once(label_studio, project_id, ids)
@@ -281,12 +291,12 @@ class TestSync:
         def make_nothing(image_ids: Sequence[str]) -> list[Json]:
             raise AssertionError("nothing is to be made")
 
-        again = sync(label_studio, project_id, ids, make_nothing, model="pets@1")
+        again = _sync(label_studio, project_id, ids, make_nothing, model="pets@1")
         assert (again.num_new, again.num_updated, again.num_known) == (0, 0, 25)
         assert again.task_ids == first.task_ids
-        more = sync(label_studio, project_id, _ids(30), _make, model="pets@1")
+        more = _sync(label_studio, project_id, _ids(30), _make, model="pets@1")
         assert (more.num_new, more.num_known) == (5, 25)
-        assert sync(label_studio, project_id, [], make_nothing, model="pets@1").task_ids == {}
+        assert _sync(label_studio, project_id, [], make_nothing, model="pets@1").task_ids == {}
 
     @pytest.mark.parametrize(
         "faults",
@@ -301,7 +311,7 @@ class TestSync:
             flaky.check()
             proxy.faults["POST"] = list(faults)
             proxy.faults["GET"] = [502, "reset"]
-            done = sync(flaky, project_id, ids, _make, model="pets@1")
+            done = _sync(flaky, project_id, ids, _make, model="pets@1")
             assert not proxy.faults["POST"]
         assert done.num_new == 35
         _assert_once(label_studio, project_id, ids)
@@ -313,17 +323,17 @@ class TestSync:
             flaky.check()
             proxy.faults["POST"] = ["lost", *[502] * 50]
             with pytest.raises(ReviewError, match="502"):
-                sync(flaky, project_id, _ids(25), _make, model="pets@1")
-        assert sync(label_studio, project_id, _ids(25), _make, model="pets@1").num_known == 10
+                _sync(flaky, project_id, _ids(25), _make, model="pets@1")
+        assert _sync(label_studio, project_id, _ids(25), _make, model="pets@1").num_known == 10
         _assert_once(label_studio, project_id, _ids(25))
 
     def test_a_new_version_reaches_only_what_nobody_has_answered(self, label_studio: LabelStudio) -> None:
         project_id = _project(label_studio).project_id
         ids = _ids(15)
-        task_ids = sync(label_studio, project_id, ids, _make, model="pets@1").task_ids
+        task_ids = _sync(label_studio, project_id, ids, _make, model="pets@1").task_ids
         _annotate(label_studio, task_ids[ids[0]], class_result("dog"))
         _annotate(label_studio, task_ids[ids[1]], [], was_cancelled=True)
-        newer = sync(
+        newer = _sync(
             label_studio, project_id, ids, lambda some: _make(some, model="pets@2", label="dog"), model="pets@2"
         )
         assert (newer.num_new, newer.num_updated, newer.num_known) == (0, 13, 2)
@@ -333,14 +343,14 @@ class TestSync:
     def test_lost_predictions_and_doubled_tasks_are_mended(self, label_studio: LabelStudio) -> None:
         project_id = _project(label_studio).project_id
         ids = _ids(6)
-        task_ids = sync(label_studio, project_id, ids, _make, model="pets@1").task_ids
+        task_ids = _sync(label_studio, project_id, ids, _make, model="pets@1").task_ids
         label_studio.import_tasks(project_id, json.dumps(_make(ids[:3])).encode())
         label_studio.import_tasks(project_id, json.dumps([{"data": {"image": "s3://x/y"}}]).encode())  # not ours
         doubles = [task.task_id for task in label_studio.tasks(project_id) if task.task_id not in task_ids.values()]
         _annotate(label_studio, doubles[0], class_result("dog"))
         for lost in label_studio._api.get("/api/predictions/", task=task_ids[ids[4]]):
             label_studio._api.delete(f"/api/predictions/{lost['id']}/")
-        mended = sync(label_studio, project_id, ids, _make, model="pets@1")
+        mended = _sync(label_studio, project_id, ids, _make, model="pets@1")
         assert (mended.num_new, mended.num_updated, mended.num_doubles) == (0, 1, 3)
         assert mended.task_ids == {**task_ids, ids[0]: doubles[0]}  # the one that somebody answered stays
         tasks = [task for task in label_studio.tasks(project_id) if task.image_id]
@@ -349,7 +359,7 @@ class TestSync:
 
     def test_the_most_useful_comes_first(self, label_studio: LabelStudio) -> None:
         project_id = _project(label_studio).project_id
-        task_ids = sync(label_studio, project_id, _ids(9)[::-1], _make, model="pets@1").task_ids
+        task_ids = _sync(label_studio, project_id, _ids(9)[::-1], _make, model="pets@1").task_ids
         assert label_studio.update_project(project_id, model="pets@1").model == "pets@1"
         assert label_studio._api.get(f"/api/projects/{project_id}/next")["id"] == task_ids[_ids(1)[0]]
 
@@ -368,7 +378,7 @@ class TestChanges:
         monkeypatch.setattr(module, "_OVERLAP", module._OVERLAP * 0)
         project_id = _project(label_studio).project_id
         ids = _ids(7)
-        task_ids = sync(label_studio, project_id, ids, _make, model="pets@1").task_ids
+        task_ids = _sync(label_studio, project_id, ids, _make, model="pets@1").task_ids
         everything = list(label_studio.changed_tasks(project_id, None))
         assert [task.data["image_id"] for task in everything] == ids
         since = everything[-1].updated_at
@@ -402,7 +412,7 @@ class TestChanges:
         monkeypatch.setattr(module, "_PAGE", 2)
         project_id = _project(label_studio).project_id
         ids = _ids(7)
-        sync(label_studio, project_id, ids, _make, model="pets@1")
+        _sync(label_studio, project_id, ids, _make, model="pets@1")
         with sqlite3.connect(label_studio_server.data / "label_studio.sqlite3", timeout=20) as database:
             same = (f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S.%f}", project_id)
             database.execute("UPDATE task SET updated_at = ? WHERE project_id = ?", same)
@@ -412,7 +422,7 @@ class TestChanges:
 
     def test_a_restart_while_reading_is_waited_for(self, label_studio: LabelStudio) -> None:
         project_id = _project(label_studio).project_id
-        sync(label_studio, project_id, _ids(3), _make, model="pets@1")
+        _sync(label_studio, project_id, _ids(3), _make, model="pets@1")
         with FlakyProxy(label_studio.url) as proxy:
             flaky = LabelStudio(proxy.url, label_studio._api._token, patience=Patience(20.0, 20.0))
             proxy.faults["GET"] = ["reset", 502, 503, "lost"]
@@ -426,7 +436,7 @@ class TestChanges:
         item = ReviewItem("ab" * 16, 1, 0, "entropy", False, "s3://review/ab.png", 83, 97)
         result = mask_results(shapes, width=83, height=97)
         make = {"data": task_data(item), "predictions": [prediction("parts@1", 0, result)]}
-        (task_id,) = sync(
+        (task_id,) = _sync(
             label_studio, project_id, [item.image_id], lambda some: [make], model="parts@1"
         ).task_ids.values()
         (drawn,) = label_studio._api.get("/api/predictions/", task=task_id)

@@ -27,6 +27,7 @@ _COMMANDS = {
     "search": "Find the images most like one image.",
     "duplicates": "Find images that show the same, and images unlike all others.",
     "select": "Choose the images that people should see next.",
+    "review": "Send queued images to Label Studio, bring the answers back, show how far people are.",
     "query": "Ask the tables with SQL.",
     "export": "Write results for other engines (Parquet, CSV, COCO), and masks.",
     "runs": "List, show, resume or abandon runs.",
