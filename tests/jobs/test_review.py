@@ -1,0 +1,556 @@
+"""``winnow review`` with a real Label Studio: what people see, what their answers become; killed and run again."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import urllib3
+from click.testing import CliRunner
+from numpy.testing import assert_array_equal
+from PIL import Image
+
+import workspaces as ws
+from delta_tables import at
+from winnow.errors import CallError
+from winnow.mask_files import read_label
+from winnow.masks import encode_classes
+from winnow_connectors import label_sync
+from winnow_connectors.label_tasks import class_result
+from winnow_jobs import Workspace
+from winnow_jobs.cli.main import cli
+from winnow_jobs.selection import answerer_of
+
+if TYPE_CHECKING:
+    from conftest import S3Server
+    from winnow_connectors.label_studio import LabelStudio
+    from winnow_jobs.local_label_studio import LocalLabelStudio
+
+pytestmark = [pytest.mark.label_studio, pytest.mark.timeout(1200)]
+
+TASK = ws.TASK
+SECRET = "patient-jones"
+WIDTH, HEIGHT = 40, 32
+PARTS = ["background", "left", "right"]
+
+
+def telling_jpeg(number: int) -> bytes:
+    """A JPEG that says where and by whom it was taken."""
+    exif = Image.Exif()
+    exif[0x010F] = "TellingCamera"
+    exif[0x013B] = "Jane Jones"
+    exif.get_ifd(0x8825).update({1: "N", 2: (52.0, 31.0, 12.0), 3: "E", 4: (13.0, 24.0, 18.0)})
+    sink = io.BytesIO()
+    Image.open(io.BytesIO(ws.small_jpeg(number))).save(sink, "JPEG", exif=exif, comment=b"TellingComment")
+    return sink.getvalue()
+
+
+class Reviewed:
+    """A workspace whose images are real and whose answers are made by hand, and the Label Studio that shows them.
+
+    Image ``n`` is answered with class ``n % 5``, at a confidence that grows with n.
+    """
+
+    def __init__(self, folder: Path, server: LabelStudio, *, warehouse: str, images: str, storage: str = "") -> None:
+        self.server = server
+        ws.save_model(folder / "small.safetensors")
+        config = ws.write_config(folder, warehouse=warehouse, storage=storage)
+        self.workspace = Workspace(config)
+        self.workspace.init()
+        self.images = self.workspace.stores.at(images)
+        self.tables = HandMadeAt(self.workspace)
+        self.ids: list[str] = []
+
+    @property
+    def model(self) -> str:
+        return answerer_of(self.workspace, TASK)
+
+    def add_images(self, num: int) -> list[str]:
+        for number in range(num):
+            self.images.put(f"{SECRET}/{number:04d}.jpg", telling_jpeg(number))
+        self.workspace.ingest([f"{self.images.uri}/"])
+        rows = self.workspace.query("SELECT image_id, uri FROM current_images ORDER BY uri").to_pylist()
+        self.ids = [row["image_id"] for row in rows]
+        return self.ids
+
+    def answer(self, *, model: str | None = None, shift: int = 0, minute: int = 0) -> None:
+        model = model or self.model
+        self.tables.add(
+            "predictions",
+            [
+                {
+                    "image_id": image_id, "task": TASK, "model": model, "label": ws.CLASSES[(n + shift) % 5],
+                    "confidence": 0.5 + n / 1000, "margin": 0.1, "entropy": 1.0, "top5": [], "at": at(minute),
+                }
+                for n, image_id in enumerate(self.ids)
+            ],
+        )  # fmt: skip
+        self.tables.add(
+            "outcomes",
+            [
+                {
+                    "image_id": image_id, "task": TASK, "model": model, "status": "answered", "width": WIDTH,
+                    "height": HEIGHT, "sha256": f"{n:064x}", "format": "JPEG", "at": at(minute),
+                }
+                for n, image_id in enumerate(self.ids)
+            ],
+        )  # fmt: skip
+
+    def queue(self, image_ids: Sequence[str], *, audit: bool = False, round: int = 1) -> None:
+        self.tables.add(
+            "queue",
+            [
+                {
+                    "image_id": image_id, "task": TASK, "round": round, "model": self.model, "rank": rank,
+                    "reason": "audit" if audit else "margin", "policy": "mine", "audit": audit, "at": at(0),
+                }
+                for rank, image_id in enumerate(image_ids, start=1)
+            ],
+        )  # fmt: skip
+
+    def push(self) -> Any:
+        (result,) = self.workspace.push(task=TASK)
+        return result
+
+    def pull(self) -> Any:
+        (result,) = self.workspace.pull(task=TASK)
+        return result
+
+    def tasks(self, project: int) -> dict[str, Any]:
+        """The tasks of a project as annotators' browsers get them, by image."""
+        answer = self.server._api.get("/api/tasks/", project=project, fields="all", page_size=10_000)
+        return {task["data"]["image_id"]: task for task in answer["tasks"]}
+
+    def annotate(self, project: int, image_id: str, result: list[Any], **more: Any) -> int:
+        body = {"result": result, "lead_time": 4.0, **more}
+        task_id = self.tasks(project)[image_id]["id"]
+        return int(self.server._api.post(f"/api/tasks/{task_id}/annotations/", body)["id"])
+
+    def labels(self, order: str = "updated_at, annotation_id") -> list[dict[str, Any]]:
+        rows = self.workspace.query(f"SELECT * FROM labels WHERE origin = 'label_studio' ORDER BY {order}").to_pylist()
+        return [dict(row, number=self.ids.index(row["image_id"])) for row in rows]
+
+    def current(self) -> dict[int, str | None]:
+        rows = self.workspace.query(f"SELECT image_id, label FROM current_labels WHERE task = '{TASK}'").to_pylist()
+        return {self.ids.index(row["image_id"]): row["label"] for row in rows}
+
+
+class HandMadeAt:
+    """Adds rows to the tables of a workspace, wherever they are."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+        self._number = 0
+
+    def add(self, table: str, rows: list[dict[str, Any]]) -> None:
+        from winnow_jobs.review import begin_anew, publish
+
+        self._number += 1
+        numbers = begin_anew(self._workspace, "hand")
+        publish(self._workspace, "hand", numbers, {"number": self._number}, {table: rows}, {"tasks": [TASK]})
+
+
+@pytest.fixture
+def reviewed(
+    tmp_path: Path,
+    label_studio: LabelStudio,
+    label_studio_server: LocalLabelStudio,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Reviewed:
+    """On local disk, in a folder that Label Studio may show."""
+    root = label_studio_server._files()
+    place = root / re.sub(r"\W", "", tmp_path.name)
+    (tmp_path / "images").mkdir()
+    monkeypatch.setenv("LABEL_STUDIO_URL", label_studio.url)
+    monkeypatch.setenv("LABEL_STUDIO_API_KEY", label_studio_server.token)
+    monkeypatch.setenv("LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT", str(root))
+    return Reviewed(tmp_path, label_studio, warehouse=str(place), images=(tmp_path / "images").as_uri())
+
+
+def see(reviewed: Reviewed, url: str) -> bytes:
+    """What a browser that is logged in gets for the image of a task."""
+    api = reviewed.server._api
+    headers = {"Authorization": f"Token {api._token}"}
+    answer = urllib3.request("GET", url if "://" in url else reviewed.server.url + url, headers=headers, timeout=60)
+    assert answer.status == 200, answer.data[:300]
+    return answer.data
+
+
+def check_nothing_is_told(reviewed: Reviewed, project: int) -> None:
+    """Neither the tasks nor the images say where a picture came from."""
+    tasks = reviewed.tasks(project)
+    told = json.dumps(tasks)
+    for secret in (SECRET, "0001", "Jones", "Telling", str(reviewed.images.uri)):
+        assert secret not in told.replace("winnow@localhost", "")
+    for image_id, task in list(tasks.items())[:3]:
+        data = see(reviewed, task["data"]["image"])
+        assert b"Telling" not in data
+        assert b"Jones" not in data
+        with Image.open(io.BytesIO(data)) as image:
+            assert image.size == (WIDTH, HEIGHT)
+            assert not image.getexif()
+        assert image_id in task["data"]["image"] or "fileuri" in task["data"]["image"]
+
+
+def test_from_the_queue_to_labels_and_back(reviewed: Reviewed) -> None:
+    reviewed.add_images(8)
+    reviewed.answer()
+    reviewed.queue(reviewed.ids[:6][::-1])
+    first = reviewed.push()
+    assert (first.status, first.num_new, first.num_updated, first.num_known) == ("finished", 6, 0, 0)
+    assert (first.num_failed, first.num_unanswered, first.audit_project) == (0, 0, None)
+    check_nothing_is_told(reviewed, first.project)
+    tasks = reviewed.tasks(first.project)
+    assert set(tasks) == set(reviewed.ids[:6])
+    assert tasks[reviewed.ids[2]]["data"]["reason"] == "margin"
+    project = reviewed.server.project(first.project)
+    assert project.model == reviewed.model
+    assert reviewed.server._api.get(f"/api/projects/{first.project}/next")["data"]["image_id"] == reviewed.ids[5]
+    (drawn,) = reviewed.server._api.get("/api/predictions/", task=tasks[reviewed.ids[2]]["id"])
+    assert drawn["result"][0]["value"] == {"choices": ["cat"]}
+
+    again = reviewed.push()
+    assert (again.status, again.run_id, again.num_new, again.num_known) == ("nothing to do", None, 0, 6)
+    assert reviewed.pull().status == "nothing to do"
+
+    same = reviewed.annotate(first.project, reviewed.ids[0], class_result("ant"))
+    changed = reviewed.annotate(first.project, reviewed.ids[1], class_result("dog"))
+    unsure = reviewed.annotate(first.project, reviewed.ids[2], class_result("unsure"))
+    reviewed.annotate(first.project, reviewed.ids[3], [], was_cancelled=True)
+    pulled = reviewed.pull()
+    assert (pulled.num_created, pulled.num_skipped, pulled.num_changed, pulled.num_deleted) == (3, 1, 0, 0)
+    assert pulled.num_corrected == 2
+    rows = {row["number"]: row for row in reviewed.labels()}
+    assert [rows[n]["event"] for n in range(4)] == ["created", "created", "created", "skipped"]
+    assert [rows[n]["label"] for n in range(4)] == ["ant", "dog", None, None]
+    assert rows[2]["value"] == '{"answer":"unsure"}'
+    assert [rows[n]["changed_by_person"] for n in range(4)] == [False, True, True, None]
+    row = rows[1]
+    assert (row["annotation_id"], row["annotator"], row["seconds"]) == (changed, "winnow@localhost", 4.0)
+    assert (row["model"], row["model_label"], row["reason"], row["round"]) == (reviewed.model, "bee", "margin", 1)
+    assert (row["audit"], row["server"], row["project"]) == (False, reviewed.server.url, first.project)
+    assert row["sha256"] == f"{1:064x}"
+    assert reviewed.current() == {0: "ant", 1: "dog", 2: None}
+    assert reviewed.pull().status == "nothing to do"
+
+    (status,) = reviewed.workspace.review_status(task=TASK)
+    assert (status.num_waiting, status.num_unsent, status.num_done, status.num_skipped) == (2, 0, 3, 1)
+    assert (status.num_corrected, status.num_unsure, status.num_ties) == (2, 1, 0)
+    assert status.answers_per_hour == pytest.approx(900)
+    assert status.hours_left == pytest.approx(2 / 900)
+    assert [(person.name, person.num_answers) for person in status.annotators] == [("winnow@localhost", 4)]
+
+    reviewed.server._api.patch(f"/api/annotations/{same}/", {"result": class_result("eel")})
+    reviewed.server._api.delete(f"/api/annotations/{unsure}/")
+    pulled = reviewed.pull()
+    assert (pulled.num_created, pulled.num_changed, pulled.num_deleted, pulled.num_skipped) == (0, 1, 1, 0)
+    assert reviewed.current() == {0: "eel", 1: "dog"}
+    assert [row["event"] for row in reviewed.labels() if row["number"] == 0] == ["created", "changed"]
+    assert reviewed.push().num_known == 3  # the one whose answer was deleted waits again, in its old task
+
+    reviewed.server.delete_task(reviewed.tasks(first.project)[reviewed.ids[1]]["id"])
+    pulled = reviewed.pull()
+    assert (pulled.num_deleted, pulled.num_created) == (1, 0)
+    assert reviewed.current() == {0: "eel"}
+    assert reviewed.pull().status == "nothing to do"
+    mended = reviewed.push()
+    assert (mended.num_new, mended.num_known) == (1, 3)
+
+
+def test_the_audit_is_blind_and_apart(reviewed: Reviewed) -> None:
+    reviewed.add_images(6)
+    reviewed.answer()
+    reviewed.queue(reviewed.ids[:3])
+    reviewed.queue(reviewed.ids[3:], audit=True)
+    pushed = reviewed.push()
+    assert (pushed.num_new, pushed.num_audit, pushed.num_unanswered) == (6, 3, 0)
+    assert pushed.audit_project not in (None, pushed.project)
+    for image_id, task in reviewed.tasks(pushed.audit_project).items():
+        assert image_id in reviewed.ids[3:]
+        assert set(task["data"]) == {"image", "image_id", "round", "width", "height"}
+        assert reviewed.server._api.get("/api/predictions/", task=task["id"]) == []
+    settings = reviewed.server._api.get(f"/api/projects/{pushed.audit_project}/")
+    assert (settings["sampling"], settings["show_collab_predictions"]) == ("Uniform sampling", False)
+    reviewed.annotate(pushed.audit_project, reviewed.ids[4], class_result("ant"))
+    assert reviewed.pull().num_created == 1
+    (row,) = reviewed.labels()
+    assert (row["audit"], row["model"], row["changed_by_person"]) == (True, None, None)
+    assert reviewed.push().status == "nothing to do"
+
+
+def test_a_new_version_reaches_what_nobody_has_answered(reviewed: Reviewed, monkeypatch: pytest.MonkeyPatch) -> None:
+    reviewed.add_images(5)
+    reviewed.answer()
+    reviewed.queue(reviewed.ids)
+    pushed = reviewed.push()
+    reviewed.annotate(pushed.project, reviewed.ids[0], class_result("ant"))
+    reviewed.pull()
+    monkeypatch.setattr("winnow_jobs.push.answerer_of", lambda workspace, task: "objects@2")
+    assert reviewed.push().num_unanswered == 4
+    reviewed.answer(model="objects@2", shift=1, minute=5)
+    newer = reviewed.push()
+    assert (newer.num_new, newer.num_updated, newer.num_known, newer.model) == (0, 4, 0, "objects@2")
+    assert reviewed.server.project(pushed.project).model == "objects@2"
+    assert reviewed.push().status == "nothing to do"
+    reviewed.annotate(pushed.project, reviewed.ids[1], class_result("cat"))
+    reviewed.pull()
+    row = reviewed.labels()[-1]
+    assert (row["model"], row["model_label"], row["changed_by_person"]) == ("objects@2", "cat", False)
+
+
+def test_bad_images_become_failures_and_are_not_asked_again(reviewed: Reviewed) -> None:
+    reviewed.add_images(4)
+    reviewed.answer()
+    broken = reviewed.workspace.query("SELECT image_id, uri FROM current_images ORDER BY uri LIMIT 2").to_pylist()
+    path = Path(reviewed.workspace.stores.at(reviewed.images.uri).uri.removeprefix("file://")) / SECRET
+    (path / "0000.jpg").write_bytes(b"no longer an image")
+    (path / "0001.jpg").unlink()
+    reviewed.queue(reviewed.ids)
+    pushed = reviewed.push()
+    assert (pushed.num_new, pushed.num_failed) == (2, 2)
+    rows = reviewed.workspace.query("SELECT image_id, error FROM failures WHERE model = 'review'").to_pylist()
+    assert {row["image_id"]: row["error"] for row in rows} == {
+        broken[0]["image_id"]: "changed", broken[1]["image_id"]: "missing",
+    }  # fmt: skip
+    again = reviewed.push()
+    assert (again.status, again.num_known, again.num_failed) == ("nothing to do", 2, 1)  # what is missing may come back
+
+
+def test_people_who_disagree_are_asked_again(reviewed: Reviewed) -> None:
+    reviewed.add_images(3)
+    reviewed.answer()
+    reviewed.queue(reviewed.ids)
+    project = reviewed.push().project
+    api = reviewed.server._api
+    names = [f"{name}-{project}@example.org" for name in ("ann", "bob")]
+    ann, bob = (
+        api.post("/api/users/", {"email": name, "username": name, "password": "long enough 1"})["id"] for name in names
+    )
+    for image_id, answers in zip(reviewed.ids, (("ant", "bee"), ("bee", "bee"), ("cat", "cat")), strict=True):
+        for person, label in zip((ann, bob), answers, strict=True):
+            reviewed.annotate(project, image_id, class_result(label), completed_by=person)
+    pulled = reviewed.pull()
+    assert (pulled.num_created, pulled.num_ties) == (6, 1)
+    assert {row["annotator"] for row in reviewed.labels()} == set(names)
+    assert reviewed.current() == {1: "bee", 2: "cat"}  # no label where two say different things
+    (row,) = reviewed.workspace.query("SELECT * FROM queue WHERE reason = 'tie'").to_pylist()
+    assert (row["image_id"], row["round"], row["rank"]) == (reviewed.ids[0], 2, 1)
+    (status,) = reviewed.workspace.review_status()
+    assert (status.num_ties, status.num_waiting, status.agreement.num_images) == (1, 1, 3)
+    assert status.agreement.percent == pytest.approx(2 / 3)
+    assert list(status.agreement.cohen_kappa) == [" · ".join(names)]
+
+    second = reviewed.push()
+    assert (second.num_new, second.num_known) == (1, 0)
+    tasks = api.get("/api/tasks/", project=project, fields="all")["tasks"]
+    (task,) = [task for task in tasks if task["data"]["round"] == 2]
+    api.post(f"/api/tasks/{task['id']}/annotations/", {"result": class_result("bee")})
+    assert (reviewed.pull().num_ties, reviewed.current()) == (0, {0: "bee", 1: "bee", 2: "cat"})
+
+
+def test_masks_go_and_come_back_pixel_by_pixel(reviewed: Reviewed) -> None:
+    reviewed.add_images(2)
+    config = reviewed.workspace.config_path
+    text = config.read_text()
+    import torch
+    from safetensors.torch import save_file
+    from torchvision.models import get_model
+
+    torch.manual_seed(0)
+    network = get_model("lraspp_mobilenet_v3_large", weights=None, weights_backbone=None, num_classes=3)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in network.state_dict().items()},
+        config.parent / "parts.safetensors",
+    )
+    config.write_text(
+        f'{text}\n[tasks.parts]\nkind = "segmentation"\nmodel = "./parts.safetensors"\n'
+        f'architecture = "torchvision/lraspp_mobilenet_v3_large"\nclasses = {json.dumps(PARTS)}\nsize = 64\n'
+    )
+    workspace = Workspace(config)
+    reviewed.workspace = workspace
+    model = answerer_of(workspace, "parts")
+    rng = np.random.default_rng(0)
+    answer_hw = np.kron(rng.integers(0, 3, (4, 5)), np.ones((8, 8))).astype(np.uint8)
+    reviewed.answer()
+    reviewed.tables.add(
+        "segments",
+        [
+            {
+                "image_id": image_id, "task": "parts", "model": model, "label": PARTS[item.value], "area_share": 0.3,
+                "confidence": 0.5, "entropy": 0.1, "box": [0.0, 0.0, 1.0, 1.0], "rle": item.rle, "at": at(0),
+            }
+            for image_id in reviewed.ids
+            for item in encode_classes(answer_hw)
+        ],
+    )  # fmt: skip
+    reviewed.tables.add(
+        "queue",
+        [
+            {
+                "image_id": image_id, "task": "parts", "round": 1, "model": model, "rank": rank, "reason": "entropy",
+                "policy": "mine", "audit": False, "at": at(0),
+            }
+            for rank, image_id in enumerate(reviewed.ids, start=1)
+        ],
+    )  # fmt: skip
+    (pushed,) = workspace.push(task="parts")
+    assert (pushed.num_new, pushed.num_unanswered) == (2, 0)
+    drawn = [
+        reviewed.server._api.get("/api/predictions/", task=reviewed.tasks(pushed.project)[image_id]["id"])[0]["result"]
+        for image_id in reviewed.ids
+    ]
+    reviewed.annotate(pushed.project, reviewed.ids[0], drawn[0])
+    reviewed.annotate(pushed.project, reviewed.ids[1], drawn[1][:1])
+    (pulled,) = workspace.pull(task="parts")
+    assert (pulled.num_created, pulled.num_corrected, pulled.num_unreadable) == (2, 1, 0)
+    rows = {row["number"]: row for row in reviewed.labels()}
+    found = read_label(rows[0]["value"], PARTS, width=WIDTH, height=HEIGHT, read=lambda uri: b"")
+    assert_array_equal(found, answer_hw)
+    one_class = read_label(rows[1]["value"], PARTS, width=WIDTH, height=HEIGHT, read=lambda uri: b"")
+    kept = PARTS.index(drawn[1][0]["value"]["brushlabels"][0])
+    assert_array_equal(one_class, np.where(answer_hw == kept, kept, 0))
+    assert [rows[n]["changed_by_person"] for n in range(2)] == [False, True]
+
+
+@pytest.mark.s3
+def test_copies_in_a_bucket_are_seen(
+    tmp_path: Path, label_studio: LabelStudio, label_studio_server: LocalLabelStudio, s3_env: S3Server,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("LABEL_STUDIO_URL", label_studio.url)
+    monkeypatch.setenv("LABEL_STUDIO_API_KEY", label_studio_server.token)
+    monkeypatch.delenv("LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT", raising=False)
+    bucket = s3_env.make_bucket("review")
+    reviewed = Reviewed(
+        tmp_path,
+        label_studio,
+        warehouse=f"s3://{bucket}/warehouse",
+        images=f"s3://{bucket}/photos",
+        storage=f'[storage."s3://"]\nendpoint = "{s3_env.endpoint}"\nregion = "{s3_env.region}"\n',
+    )
+    reviewed.add_images(3)
+    reviewed.answer()
+    reviewed.queue(reviewed.ids)
+    pushed = reviewed.push()
+    assert pushed.num_new == 3
+    check_nothing_is_told(reviewed, pushed.project)
+    assert reviewed.push().status == "nothing to do"
+
+
+def test_originals_are_served_on_request_only(reviewed: Reviewed) -> None:
+    reviewed.add_images(2)
+    reviewed.answer()
+    reviewed.queue(reviewed.ids)
+    config = reviewed.workspace.config_path
+    config.write_text(config.read_text() + "\n[review]\nserve_originals = true\n")
+    with pytest.raises(CallError, match="shows only files in folders below"):
+        Workspace(config).push(task=TASK)
+
+
+@pytest.mark.parametrize("moment", [0.2, 1.0])
+def test_killed_and_run_again_nothing_is_lost_or_doubled(reviewed: Reviewed, moment: float) -> None:
+    num = 150
+    reviewed.add_images(num)
+    reviewed.answer()
+    reviewed.queue(reviewed.ids)
+    log = reviewed.workspace.folder / "log.txt"
+    copies = Path(reviewed.workspace.warehouse.store.uri.removeprefix("file://")) / "review" / "copies"
+    process = ws.start(reviewed.workspace.config_path, "review", "push", "--task", TASK, log=log)
+    ws.wait_until(lambda: copies.exists() or process.poll() is not None, timeout_s=60, what="the first copy")
+    time.sleep(moment)
+    ws.kill_driver(process)
+    done = reviewed.push()
+    assert done.num_new + done.num_known == num
+    tasks = list(reviewed.server.tasks(done.project))
+    assert sorted(task.image_id for task in tasks) == sorted(reviewed.ids)
+    assert all(task.models == {reviewed.model} for task in tasks)
+    (count,) = reviewed.workspace.query("SELECT count(*) AS n, count(DISTINCT image_id) AS d FROM pushes").to_pylist()
+    assert (count["n"], count["d"]) == (num, num)
+    assert reviewed.push().status == "nothing to do"
+
+
+def test_the_server_restarts_while_people_are_sent_work(
+    reviewed: Reviewed, label_studio_server: LocalLabelStudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(label_sync, "_MAX_TASKS", 20)
+    monkeypatch.setattr(label_sync, "_MADE_AT_ONCE", 20)
+    reviewed.add_images(100)
+    reviewed.answer()
+    reviewed.queue(reviewed.ids)
+    files = label_studio_server._files()
+
+    def restart() -> None:
+        ws.wait_until(lambda: bool(reviewed.server.find_project(f"{TASK}: review")), timeout_s=60, what="the project")
+        label_studio_server.kill9()
+        label_studio_server.start(files=files)
+
+    thread = threading.Thread(target=restart)
+    thread.start()
+    pushed = reviewed.push()
+    thread.join(300)
+    assert pushed.num_new == 100
+    tasks = list(reviewed.server.tasks(pushed.project))
+    assert sorted(task.image_id for task in tasks) == sorted(reviewed.ids)
+    assert all(task.models == {reviewed.model} for task in tasks)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def run(workspace: Workspace, *arguments: str) -> Any:
+    return CliRunner().invoke(cli, ["--config", str(workspace.config_path), *arguments])
+
+
+def test_the_commands_speak_to_people_and_machines(reviewed: Reviewed) -> None:
+    assert "nothing waits in the queue" in run(reviewed.workspace, "review", "push").output
+    assert f"{TASK}: nothing new" in run(reviewed.workspace, "review", "pull").output
+    reviewed.add_images(3)
+    reviewed.answer()
+    reviewed.queue(reviewed.ids[:2])
+    reviewed.queue(reviewed.ids[2:], audit=True)
+    output = run(reviewed.workspace, "review", "push").output
+    assert f"{TASK}: 3 new, 0 updated, 0 known" in output
+    assert re.search(r"review http://127.0.0.1:\d+/projects/\d+/data", output)
+    assert "(1 blind)" in output
+    (again,) = json.loads(run(reviewed.workspace, "review", "push", "--json").output)
+    assert (again["status"], again["num_known"]) == ("nothing to do", 3)
+    reviewed.annotate(again["project"], reviewed.ids[0], class_result("dog"))
+    assert (
+        f"{TASK}: 1 new, 0 changed, 0 deleted, 0 skipped; 1 answers correct the model"
+        in run(reviewed.workspace, "review", "pull").output
+    )
+    output = run(reviewed.workspace, "review", "status").output
+    assert f"{TASK}: 1 done, 2 waiting" in output
+    assert "900 answers an hour" in output
+    (status,) = json.loads(run(reviewed.workspace, "review", "status", "--json").output)
+    assert (status["num_done"], status["agreement"]["num_images"]) == (1, 0)
+
+
+def test_a_second_push_of_the_same_workspace_is_refused(reviewed: Reviewed) -> None:
+    import fcntl
+
+    reviewed.workspace.cache_folder.mkdir(exist_ok=True)
+    with (reviewed.workspace.cache_folder / "push.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(CallError, match="another `winnow review push`"):
+            reviewed.push()
+
+
+def test_without_a_server_nothing_is_written(reviewed: Reviewed, monkeypatch: pytest.MonkeyPatch) -> None:
+    reviewed.add_images(1)
+    reviewed.answer()
+    reviewed.queue(reviewed.ids)
+    monkeypatch.delenv("LABEL_STUDIO_URL")
+    before = sorted(info.key for info in reviewed.workspace.warehouse.store.list(""))
+    for verb in ("push", "pull"):
+        result = run(reviewed.workspace, "review", verb)
+        assert "LABEL_STUDIO_URL is not set" in str(result.exception)
+    assert sorted(info.key for info in reviewed.workspace.warehouse.store.list("")) == before
