@@ -100,6 +100,16 @@ class TaskConfig(_Section):
             "resolution. 520 by default, as torchvision's."
         ),
     )
+    crop: float | None = Field(
+        None,
+        ge=0.1,
+        le=1.0,
+        examples=[1.0],
+        description=(
+            "Classification and embedding: side of the square that the model sees, as a share of the image's shorter "
+            "side. The weights' own by default, such as 0.875; with 1.0 less of the image is lost, at the same cost."
+        ),
+    )
     store_probabilities: bool = Field(
         False, description="Also store the whole probability vector of every image (predictions.probabilities)."
     )
@@ -112,6 +122,12 @@ class TaskConfig(_Section):
         ),
     )
     num_views: int = Field(4, ge=2, le=64, description="Views per image, the image itself included, with augmentation.")
+
+    @model_validator(mode="after")
+    def _crop_is_not_for_masks(self) -> TaskConfig:
+        if self.crop is not None and self.kind == "segmentation":
+            raise ValueError(f"crop = {self.crop:g} is not for segmentation, which sees whole images; leave it out")
+        return self
 
     @field_validator("classes", mode="before")
     @classmethod

@@ -49,6 +49,23 @@ def checkpoint(name: str, **fields: Any) -> TaskConfig:
 # ---------------------------------------------------------------------------------------------------------- torchvision
 
 
+@pytest.mark.parametrize("kind", ["classification", "embedding"])
+def test_crop_says_how_much_of_an_image_is_seen_and_is_another_answerer(kind: str) -> None:
+    reference = "torchvision/mobilenet_v2@IMAGENET1K_V1"
+    model = resolve(task(reference, kind=kind, crop=1.0), base_dir=Path())
+    assert (model.id, model.view) == (f"{reference}~crop1", View(resize=224, crop=(224, 224)))
+    assert resolve(task(reference, kind=kind, crop=0.875), base_dir=Path()).view.resize == 256
+    backbone = references.resolve_backbone(task(reference, classes=CLASSES, crop=1.0), base_dir=Path())
+    assert (backbone.id, backbone.view.resize) == (f"{reference}~crop1", 224)
+
+
+def test_crop_where_it_means_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="crop = 1 is not for segmentation"):
+        task("torchvision/lraspp_mobilenet_v3_large", kind="segmentation", crop=1.0)
+    with pytest.raises(ValueError, match="crop"):
+        task("torchvision/mobilenet_v2", crop=1.2)
+
+
 def test_torchvision_reference_names_exact_weights() -> None:
     model = resolve(task("torchvision/mobilenet_v2@IMAGENET1K_V1"), base_dir=Path())
     weights = torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1

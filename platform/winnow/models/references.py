@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import re
 import tempfile
@@ -48,7 +49,7 @@ OUTPUTS: dict[Kind, Output] = {"classification": "logits", "segmentation": "mask
 PYRAMID_SIZE = 512
 """Side of the square into which images are fitted for masks made from feature maps, unless the task says another."""
 
-_CACHE_FORMAT = 2
+_CACHE_FORMAT = 3
 """Raised when what a reference resolves to changes its meaning; older cache files are then ignored."""
 
 _SECRET_QUERY = re.compile(r"(?i)(sig|signature|token|key|credential|password)[^=&]*=")
@@ -132,15 +133,24 @@ def resolve(task: TaskConfig, *, base_dir: Path, fetch: Fetch | None = None) -> 
     """
     preset = _published_preset(task)
     if preset is None:
-        return _resolve_checkpoint(task, base_dir, fetch)
-    if task.kind == "embedding":
+        found = _resolve_checkpoint(task, base_dir, fetch)
+    elif task.kind == "embedding":
         _check_no_classes(task)
-        return _resolved(preset, "features", ())
-    if preset.num_classes == 0:
+        found = _resolved(preset, "features", ())
+    elif preset.num_classes == 0:
         raise CallError(f"{preset.reference} is not a classifier: its weights have no classes; choose another model")
-    if task.kind == "segmentation":
-        return _resolved(preset, "masks", _classes(preset, task))
-    return _resolved(preset, "logits", _classes(preset, task))
+    else:
+        found = _resolved(preset, "masks" if task.kind == "segmentation" else "logits", _classes(preset, task))
+    return found if task.crop is None else _cropped(found, task.crop)
+
+
+def _cropped(model: ResolvedModel, share: float) -> ResolvedModel:
+    """A model that sees more or less of each image than its weights' own transform shows it: another answerer."""
+    view = model.view
+    if view.crop is None or view.crop[0] != view.crop[1]:
+        raise CallError(f"crop = {share:g} is for models that see a square cut out of the image; {model.id} sees all")
+    resize = math.floor(view.crop[0] / share + 0.5)
+    return dataclasses.replace(model, id=f"{model.id}~crop{share:g}", view=dataclasses.replace(view, resize=resize))
 
 
 def resolve_backbone(task: TaskConfig, *, base_dir: Path, fetch: Fetch | None = None) -> ResolvedModel:
@@ -380,6 +390,7 @@ def resolve_cached(
         task.architecture,
         task.classes,
         task.size,
+        task.crop,
         _installed("torchvision"),
         _installed("timm"),
         stamp,
