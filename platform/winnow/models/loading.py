@@ -86,7 +86,7 @@ def load_network(resolved: ResolvedModel, *, fetch: Fetch | None = None) -> Netw
         raise JobError(f"{weights} does not hold the weights of {resolved.id}: {error}") from None
     if resolved.output == "masks":
         return Network(Segmenter(network)).eval()
-    return take_apart(network, resolved, find_preset(resolved.id).num_classes)
+    return take_apart(network, resolved, find_preset(resolved.reference).num_classes)
 
 
 def obtain_weights(resolved: ResolvedModel, *, fetch: Fetch | None = None) -> Path | bytes:

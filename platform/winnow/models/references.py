@@ -61,7 +61,7 @@ class ResolvedModel:
 
     Attributes:
         id: value of the column ``model``: ``torchvision/NAME@WEIGHTS``, ``timm/NAME.TAG``, or ``FILE#HASH`` with the
-            first 12 digits of a checkpoint's SHA-256.
+            first 12 digits of a checkpoint's SHA-256; with ``~cropSHARE`` where the task sets ``crop``.
         source: ``torchvision``, ``timm``, ``checkpoint``, or ``registry`` for a trained version.
         architecture: ``torchvision/NAME`` or ``timm/NAME``.
         weights: name of torchvision's weights, timm's tag, or the checkpoint's file name.
@@ -88,6 +88,11 @@ class ResolvedModel:
     output: Output = "logits"
     head: str = ""
     temperature: float = 1.0
+
+    @property
+    def reference(self) -> str:
+        """The full name of weights that a library publishes: the id without what the task sees of an image."""
+        return self.id.partition("~")[0]
 
     def to_json(self) -> str:
         """One line of JSON that ``from_json`` reads."""
