@@ -150,7 +150,7 @@ TABLES: dict[str, pa.Schema] = {
         run_=pa.string(),
         at_=_TIME,
     ),
-    # event: created, changed, deleted, skipped, imported; origin: imported, label_studio
+    # event: created, changed, deleted, skipped, imported; origin: imported, label_studio, consensus
     "labels": _schema(
         image_id_=pa.string(),
         task_=pa.string(),
