@@ -23,15 +23,16 @@ from winnow_connectors.label_studio import ChangedTask, LabelStudio, round_of
 from winnow_connectors.label_studio_http import NotThereError
 from winnow_connectors.label_sync import TaskKey
 from winnow_connectors.label_tasks import Annotation, Answer, Shape, read_annotation, read_class, read_masks
+from winnow_connectors.query import QueryEngine
 from winnow_jobs.progress import Progress
 from winnow_jobs.review import FINISHED, MAX_ATTEMPTS, KnownProject, begin_anew, known_projects, publish, reviewed_tasks
+from winnow_jobs.review_status import Preview, ReviewStatus, status_of
 from winnow_jobs.selection import answerer_of
 from winnow_jobs.vectors import quoted
 from winnow_jobs.votes import is_mask, label_maps, vote
 
 if TYPE_CHECKING:
     from winnow.config import Kind
-    from winnow_connectors.query import QueryEngine
     from winnow_jobs.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -116,14 +117,17 @@ def _pull(workspace: Workspace, server: LabelStudio, task: str) -> PullResult:
         counts["corrected"] = sum(bool(row["changed_by_person"]) for row in events)
         counts["unreadable"] = sum(f'"{_UNREADABLE}"' in (row["value"] or "") for row in events)
         counts["ties"] = len(ties)
+        new = {"labels": [*events, *joint], "queue": ties}
+        status = status_of(QueryEngine(Preview(workspace.warehouse.tables, new)), task)
+        standing = {"done": status.num_done, "waiting": status.num_waiting, "by_several": status.agreement.num_images}
         seconds = {"reading": round(read - started, 3), "total": round(time.monotonic() - started, 3)}
         run_id = publish(
             workspace,
             "pull",
             numbers,
             {"task": task, "server": server.url},
-            {"labels": [*events, *joint], "queue": ties},
-            {"tasks": [task], "counts": counts, "seconds": seconds, "verdict": _verdict(counts)},
+            new,
+            {"tasks": [task], "counts": counts | standing, "seconds": seconds, "verdict": _verdict(counts, status)},
         )
         if run_id is not None:
             named = {f"num_{name}": count for name, count in counts.items()}
@@ -131,8 +135,14 @@ def _pull(workspace: Workspace, server: LabelStudio, task: str) -> PullResult:
     raise CallError(f"other pulls were faster {MAX_ATTEMPTS} times; run the command again when they are done")
 
 
-def _verdict(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{counts[event]:,} {event}" for event in EVENTS) + f"; {counts['corrected']:,} correct the model"
+def _verdict(counts: Mapping[str, int], status: ReviewStatus) -> str:
+    events = ", ".join(f"{counts[event]:,} {event}" for event in EVENTS)
+    left = "" if status.hours_left is None else f", {status.hours_left:,.1f} hours of one person left"
+    agreement = "" if status.agreement.percent is None else f"; people agree on {status.agreement.percent:.1%}"
+    return (
+        f"{events}; {counts['corrected']:,} correct the model; {status.num_done:,} images done, "
+        f"{status.num_waiting:,} waiting{left}{agreement}"
+    )
 
 
 class _Puller:

@@ -7,18 +7,51 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
 
 from winnow.agreement import cohen_kappa, fleiss_kappa, majority, mask_agreement, percent_agreement
-from winnow_jobs.review import FINISHED, reviewed_tasks
+from winnow.schemas import TABLES
+from winnow_jobs.review import FINISHED, Rows, reviewed_tasks
 from winnow_jobs.vectors import quoted
 from winnow_jobs.votes import is_mask, label_maps, vote
 
 if TYPE_CHECKING:
-    from winnow_connectors.query import QueryEngine
+    from winnow_connectors.query import QueryEngine, TableSource
     from winnow_jobs.workspace import Workspace
+
+
+class Preview:
+    """The tables as they will be when some rows are committed.
+
+    Args:
+        tables: as they are.
+        rows: to come, by table, without the column ``run``.
+    """
+
+    _RUN = "to come"
+
+    def __init__(self, tables: TableSource, rows: Rows) -> None:
+        now = datetime.now(UTC)
+        run = {"run_id": self._RUN, "job": "pull", "status": "finished", "started_at": now, "finished_at": now}
+        constant = {"config": "{}", "digest": "", "code_version": ""}
+        self._tables = tables
+        self._rows = {name: [dict(row, run=self._RUN) for row in found] for name, found in rows.items()}
+        self._rows["runs"] = [run | constant]
+
+    def dataset(self, name: str) -> ds.Dataset:
+        """One consistent snapshot of a table, with the rows to come."""
+        known, rows = self._tables.dataset(name), self._rows.get(name)
+        if not rows:
+            return known
+        schema = TABLES[name]
+        table = pa.Table.from_pylist([dict.fromkeys(schema.names) | row for row in rows], schema=schema)
+        return ds.dataset([known, ds.dataset(table)])
+
 
 _MAX_MASKS = 500
 """Images, the last ones, whose masks are compared: each takes some milliseconds."""

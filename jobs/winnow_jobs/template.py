@@ -20,6 +20,7 @@ from winnow.config import (
     IngestConfig,
     PolicyConfig,
     PredictConfig,
+    ReviewConfig,
     SelectConfig,
     SplitsConfig,
     StorageConfig,
@@ -57,6 +58,7 @@ def template(*, warehouse: str = "./warehouse", storage: str = "") -> str:
         _section("predict", PredictConfig, {}),
         _section("select", SelectConfig, {}),
         _section("policies.mixed", PolicyConfig, _MIXED, commented=True),
+        _section("review", ReviewConfig, {}),
     ]
     return "\n".join(parts)
 
@@ -141,6 +143,7 @@ def reference() -> str:
         ("[predict]", PredictConfig),
         ("[select]", SelectConfig),
         ("[policies.NAME]", PolicyConfig),
+        ("[review]", ReviewConfig),
     ]
     parts = [_REFERENCE_HEAD]
     for name, model in sections:

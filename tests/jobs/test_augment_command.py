@@ -396,6 +396,7 @@ def nothing_left_running() -> Iterator[None]:
     ws.kill_all_started()
 
 
+@pytest.mark.chaos
 @pytest.mark.ray
 @pytest.mark.usefixtures("nothing_left_running")
 def test_stopped_and_killed_and_run_again_every_copy_is_made_once(tmp_path: Path, model_file: Path) -> None:

@@ -110,8 +110,7 @@ def test_where_limit_and_dry_run_narrow_the_plan(workspace: Workspace) -> None:
     assert count(workspace, "outcomes") == 0
     assert workspace.predict(where="uri LIKE '%/0000_.jpg' -- a comment").num_answered == 10
     assert workspace.predict(limit=7).num_answered == 7
-    assert workspace.predict(limit=7).num_answered == 7
-    assert workspace.predict().num_answered == 16
+    assert workspace.predict().num_answered == 23
     ids = workspace.query("SELECT image_id FROM outcomes")["image_id"].to_pylist()
     assert len(ids) == len(set(ids)) == 40
 
@@ -269,7 +268,7 @@ def test_a_wrong_call_writes_nothing(
     assert sorted(info.key for info in workspace.warehouse.store.list("")) == before
 
 
-@pytest.mark.parametrize("num_cpus", [1, 2, 4])
+@pytest.mark.parametrize("num_cpus", [1, 4])
 def test_it_flows_on_few_cpus(workspace: Workspace, num_cpus: int) -> None:
     add(workspace, 0, 300)
     ws.run(workspace.config_path, "predict", "--num-cpus", str(num_cpus), timeout_s=200)

@@ -75,3 +75,22 @@ def test_sizes_follow_the_work_and_can_be_set() -> None:
     assert plan_fragment_rows(AUTO, 100) == 256
     assert plan_fragment_rows(AUTO, 100_000_000) == 20_000
     assert plan_fragment_rows(PredictConfig(fragment_rows=5), 100) == 5
+
+
+def test_only_rays_own_handlers_are_quietened() -> None:
+    import logging
+
+    from ray._private.log import PlainRayHandler
+
+    from winnow_jobs.pipeline import _quieten_ray_data
+
+    of_ray, of_others = PlainRayHandler(), logging.StreamHandler()
+    ray_data = logging.getLogger("ray.data")
+    for handler in (of_ray, of_others):
+        ray_data.addHandler(handler)
+    try:
+        _quieten_ray_data()
+        assert (of_ray.level, of_others.level) == (logging.CRITICAL, logging.NOTSET)
+    finally:
+        for handler in (of_ray, of_others):
+            ray_data.removeHandler(handler)

@@ -100,6 +100,10 @@ def test_from_the_queue_to_labels_and_back(reviewed: Reviewed) -> None:
     assert reviewed.current() == {0: "ant", 1: "dog", 2: None}
     assert reviewed.pull().status == "nothing to do"
 
+    (run,) = reviewed.workspace.query("SELECT counts, verdict FROM runs WHERE job = 'pull'").to_pylist()
+    counts = dict(run["counts"])
+    assert (counts["created"], counts["done"], counts["waiting"]) == (3, 3, 2)
+    assert "3 images done, 2 waiting" in run["verdict"]
     (status,) = reviewed.workspace.review_status(task=TASK)
     assert (status.num_waiting, status.num_unsent, status.num_done, status.num_skipped) == (2, 0, 3, 1)
     assert (status.num_corrected, status.num_unsure, status.num_ties) == (2, 1, 0)
@@ -277,9 +281,14 @@ def test_originals_are_served_on_request_only(reviewed: Reviewed) -> None:
         Workspace(config).push(task=TASK)
 
 
-@pytest.mark.parametrize("moment", [0.2, 1.0])
-def test_killed_and_run_again_nothing_is_lost_or_doubled(reviewed: Reviewed, moment: float) -> None:
-    num = 150
+@pytest.mark.parametrize(
+    ("num", "moment"),
+    [
+        (150, 0.6),
+        *(pytest.param(5_000, moment, marks=pytest.mark.chaos) for moment in (1.0, 10.0, 30.0, 50.0)),
+    ],
+)
+def test_killed_and_run_again_nothing_is_lost_or_doubled(reviewed: Reviewed, num: int, moment: float) -> None:
     reviewed.add_images(num)
     reviewed.answer()
     reviewed.queue(reviewed.ids)
