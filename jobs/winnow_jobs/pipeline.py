@@ -282,12 +282,12 @@ def work_through(
 def _quieten_ray_data() -> None:
     """Keep Ray Data's messages in its log file; what it raises reaches the user through our errors.
 
-    Only handlers of Ray's own making: it hands on its messages to those of others too, which have more to say than that.
+    Only handlers of Ray's own making: it also hands its messages to those of others, which have more to tell.
     """
     for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler) and type(handler).__module__.startswith("ray."):
-            if not isinstance(handler, logging.FileHandler):
-                handler.setLevel(logging.CRITICAL)
+        is_rays = type(handler).__module__.startswith("ray.")
+        if is_rays and isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.CRITICAL)
 
 
 def _chunk_row(ranges: Ranges, chunk_rows: int) -> dict[str, Any]:
