@@ -355,7 +355,7 @@ def test_the_commands_speak_to_people_and_machines(reviewed: Reviewed) -> None:
     assert (again["status"], again["num_known"]) == ("nothing to do", 3)
     reviewed.annotate(again["project"], reviewed.ids[0], class_result("dog"))
     assert (
-        f"{TASK}: 1 new, 0 changed, 0 deleted, 0 skipped; 1 answers correct the model"
+        f"{TASK}: 1 new, 0 changed, 0 deleted, 0 skipped; 1 correct the model"
         in run(reviewed.workspace, "review", "pull").output
     )
     output = run(reviewed.workspace, "review", "status").output

@@ -119,7 +119,7 @@ def _print_pull(result: PullResult) -> None:
         return
     click.echo(
         f"{result.task}: {result.num_created:,} new, {result.num_changed:,} changed, {result.num_deleted:,} deleted, "
-        f"{result.num_skipped:,} skipped; {result.num_corrected:,} answers correct the model; "
+        f"{result.num_skipped:,} skipped; {result.num_corrected:,} correct the model; "
         f"{result.seconds['total']:,.1f} s"
     )
     if result.num_unreadable:
