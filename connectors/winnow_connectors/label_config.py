@@ -50,8 +50,13 @@ _ILLEGAL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff$]")
 """What a name cannot hold: XML has no control characters, and Label Studio puts task data in place of $NAME."""
 
 
-def label_config(kind: Kind, classes: Sequence[str]) -> str:
+def label_config(kind: Kind, classes: Sequence[str], *, multiple: bool = False) -> str:
     """The labeling configuration of a new project, as XML.
+
+    Args:
+        kind: of the task.
+        classes: of the task.
+        multiple: several classes may be chosen (classification).
 
     Raises:
         CallError: people are not asked about this kind of task, or a class cannot be shown under its name.
@@ -72,7 +77,7 @@ def label_config(kind: Kind, classes: Sequence[str]) -> str:
         )
     control = ET.SubElement(view, tag, name=name, toName=IMAGE)
     if kind == "classification":
-        control.attrib |= {"choice": "single", "layout": "inline", "required": "true"}
+        control.attrib |= {"choice": "multiple" if multiple else "single", "layout": "inline", "required": "true"}
         control.attrib["requiredMessage"] = f"Choose a class, '{UNSURE}' or '{NOT_LISTED}'."
     colours = class_colours(names)
     for label, key, (red, green, blue) in zip_longest(names, _HOTKEYS[: len(names)], colours.tolist()):
@@ -132,7 +137,7 @@ def add_classes(config: str, kind: Kind, classes: Sequence[str]) -> tuple[str, l
     return _write(root), added
 
 
-def instructions(task: str, kind: Kind, classes: Sequence[str], *, blind: bool = False) -> str:
+def instructions(task: str, kind: Kind, classes: Sequence[str], *, blind: bool = False, multiple: bool = False) -> str:
     """What annotators are told about a task, as HTML.
 
     Args:
@@ -140,6 +145,7 @@ def instructions(task: str, kind: Kind, classes: Sequence[str], *, blind: bool =
         kind: of the task.
         classes: of the task.
         blind: nothing is drawn in: images that measure how good the model is.
+        multiple: several classes may be chosen.
     """
     names = ", ".join(f"<b>{escape(name)}</b>" for name in _offered(kind, classes)[:50])
     more = ", …" if len(classes) > 50 else ""
@@ -151,7 +157,8 @@ def instructions(task: str, kind: Kind, classes: Sequence[str], *, blind: bool =
     )
     if kind == "classification":
         return (
-            f"<p><b>{title}</b>: choose the class of the image.</p><p>{names}{more}</p><p>{shown}</p>"
+            f"<p><b>{title}</b>: choose {'every class' if multiple else 'the class'} of the image.</p>"
+            f"<p>{names}{more}</p><p>{shown}</p>"
             f"<p>Choose <b>{UNSURE}</b> when you cannot tell, <b>{NOT_LISTED}</b> when none of the classes fits.</p>"
         )
     unpainted = "background" if any(name in BACKGROUNDS for name in classes) else "left out"

@@ -234,7 +234,7 @@ def read_class(result: Sequence[Mapping[str, Any]], *, shown: str | None) -> Ans
     label = chosen[0] if len(chosen) == 1 and chosen[0] not in _NO_LABELS else None
     value = None
     if label is None:
-        value = _json({"answer": chosen[0]} if len(chosen) == 1 else {"choices": chosen})
+        value = _json({"answer": chosen[0]} if len(chosen) == 1 else {"choices": sorted(chosen)})
     return Answer(label, value, None if shown is None else label != shown)
 
 

@@ -197,6 +197,7 @@ class _Pusher:
         self._images = images
         self._task = task
         self._kind: Kind = workspace.config.tasks[task].kind
+        self._multiple = workspace.config.tasks[task].multiple_choice
         self._classes = workspace.task_model(task).classes
         self._engine: QueryEngine = workspace.query_engine()
         self.model = answerer_of(workspace, task)
@@ -343,9 +344,9 @@ class _Pusher:
         title = f"{self._task[:_TITLE_LETTERS]}: {what}"
         description = f"winnow: {what} of {self._task}, warehouse {self._workspace.warehouse.identity}"
         project = self._find_project(title, description, audit)
-        told = instructions(self._task, self._kind, self._classes, blind=audit)
+        told = instructions(self._task, self._kind, self._classes, blind=audit, multiple=self._multiple)
         if project is None:
-            config = label_config(self._kind, self._classes)
+            config = label_config(self._kind, self._classes, multiple=self._multiple)
             try:
                 return self._server.create_project(
                     title, config=config, instructions=told, in_order=not audit, description=description

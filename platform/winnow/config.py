@@ -110,6 +110,13 @@ class TaskConfig(_Section):
             "side. The weights' own by default, such as 0.875; with 1.0 less of the image is lost, at the same cost."
         ),
     )
+    multiple_choice: bool = Field(
+        False,
+        description=(
+            "Classification only: people may choose several classes of an image. Training does not learn from such "
+            "answers yet. Counts when the task's project in Label Studio is made."
+        ),
+    )
     store_probabilities: bool = Field(
         False, description="Also store the whole probability vector of every image (predictions.probabilities)."
     )
@@ -124,9 +131,11 @@ class TaskConfig(_Section):
     num_views: int = Field(4, ge=2, le=64, description="Views per image, the image itself included, with augmentation.")
 
     @model_validator(mode="after")
-    def _crop_is_not_for_masks(self) -> TaskConfig:
+    def _keys_fit_the_kind(self) -> TaskConfig:
         if self.crop is not None and self.kind == "segmentation":
             raise ValueError(f"crop = {self.crop:g} is not for segmentation, which sees whole images; leave it out")
+        if self.multiple_choice and self.kind != "classification":
+            raise ValueError(f"multiple_choice is for classification only, not {self.kind}; leave it out")
         return self
 
     @field_validator("classes", mode="before")

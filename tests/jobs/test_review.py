@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 import threading
 import time
 from pathlib import Path
@@ -21,8 +22,10 @@ import workspaces as ws
 from reviewed import HEIGHT, PARTS, SECRET, TASK, WIDTH, Reviewed
 from winnow.errors import CallError
 from winnow.mask_files import read_label
+from winnow.masks import encode_classes
 from winnow_connectors import label_sync
-from winnow_connectors.label_tasks import class_result
+from winnow_connectors.label_tasks import Shape, class_result, mask_results
+from winnow_connectors.ledger import Run
 from winnow_jobs import Workspace
 from winnow_jobs.cli.main import cli
 
@@ -244,6 +247,101 @@ def test_masks_go_and_come_back_pixel_by_pixel(reviewed: Reviewed) -> None:
     kept = PARTS.index(drawn[1][0]["value"]["brushlabels"][0])
     assert_array_equal(one_class, np.where(answer_hw == kept, kept, 0))
     assert [rows[n]["changed_by_person"] for n in range(2)] == [False, True]
+
+
+def test_masks_of_several_people_are_put_to_the_vote(reviewed: Reviewed) -> None:
+    reviewed.add_images(1)
+    answer_hw = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    answer_hw[4:20, 4:20] = 1
+    reviewed.answer()
+    reviewed.add_masks(answer_hw)
+    reviewed.queue(reviewed.ids, task="parts")
+    workspace, api = reviewed.workspace, reviewed.server._api
+    (pushed,) = workspace.push(task="parts")
+    other_hw = np.zeros_like(answer_hw)
+    other_hw[4:20, 12:28] = 1
+    maps = [answer_hw, other_hw, answer_hw]
+    people = [
+        api.post(
+            "/api/users/", {"email": f"{name}-{pushed.project}@example.org", "username": f"{name}{pushed.project}"}
+        )["id"]
+        for name in ("ann", "bob", "eve")
+    ]
+    made = []
+    for person, labels_hw in zip(people, maps, strict=True):
+        shapes = [Shape(PARTS[item.value], item.rle) for item in encode_classes(labels_hw)]
+        result = mask_results(shapes, width=WIDTH, height=HEIGHT)
+        made.append(reviewed.annotate(pushed.project, reviewed.ids[0], result, completed_by=person))
+    (pulled,) = workspace.pull(task="parts")
+    assert (pulled.num_created, pulled.num_ties) == (3, 0)
+
+    def current() -> tuple[str, np.ndarray]:
+        (row,) = workspace.query("SELECT * FROM current_labels WHERE task = 'parts'").to_pylist()
+        return row["origin"], read_label(row["value"], PARTS, width=WIDTH, height=HEIGHT, read=lambda uri: b"")
+
+    origin, together_hw = current()
+    assert origin == "consensus"
+    assert_array_equal(together_hw, answer_hw)  # two of three
+    (status,) = workspace.review_status(task="parts")
+    assert status.agreement.num_images == 1
+    assert 0 < (status.agreement.percent or 0) < 1
+
+    api.delete(f"/api/annotations/{made[0]}/")
+    workspace.pull(task="parts")
+    origin, together_hw = current()
+    assert origin == "consensus"
+    assert_array_equal(together_hw == 255, answer_hw != other_hw)  # one against one
+    api.delete(f"/api/annotations/{made[2]}/")
+    workspace.pull(task="parts")
+    origin, together_hw = current()
+    assert origin == "label_studio"
+    assert_array_equal(together_hw, other_hw)
+
+
+def test_several_classes_may_be_chosen_where_the_task_says_so(reviewed: Reviewed) -> None:
+    config = reviewed.workspace.config_path
+    config.write_text(config.read_text().replace(f"[tasks.{TASK}]", f"[tasks.{TASK}]\nmultiple_choice = true"))
+    reviewed.workspace = Workspace(config)
+    reviewed.add_images(1)
+    reviewed.answer()
+    reviewed.queue(reviewed.ids)
+    project = reviewed.push().project
+    assert 'choice="multiple"' in reviewed.server.project(project).config
+    several = class_result("dog")
+    several[0]["value"]["choices"] = ["dog", "ant"]
+    reviewed.annotate(project, reviewed.ids[0], several)
+    reviewed.pull()
+    (row,) = reviewed.labels()
+    assert (row["label"], row["value"], row["changed_by_person"]) == (None, '{"choices":["ant","dog"]}', True)
+
+
+def test_a_pull_cut_short_is_done_anew(reviewed: Reviewed, monkeypatch: pytest.MonkeyPatch) -> None:
+    reviewed.add_images(2)
+    reviewed.answer()
+    reviewed.queue(reviewed.ids)
+    project = reviewed.push().project
+    for image_id in reviewed.ids:
+        reviewed.annotate(project, image_id, class_result("dog"))
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "decide", lambda *_: sys.exit(9))
+        with pytest.raises(SystemExit):
+            reviewed.pull()
+    assert reviewed.labels() == []
+    assert len(reviewed.workspace.warehouse.ledger.open_runs()) == 1
+    close = Run.close
+
+    def killed_before_the_commit(run: Run) -> dict[str, Any]:
+        if (run.outcome() or {})["status"] == "finished":
+            raise SystemExit(9)
+        return close(run)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "close", killed_before_the_commit)
+        with pytest.raises(SystemExit):
+            reviewed.pull()
+    assert reviewed.labels() == []
+    assert (reviewed.pull().status, len(reviewed.labels())) == ("nothing to do", 2)
+    assert reviewed.workspace.warehouse.ledger.open_runs() == []
 
 
 @pytest.mark.s3

@@ -32,9 +32,10 @@ PATIENCE_S = 90
 
 
 @pytest.fixture(scope="module")
-def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Screenshots, for people to look at."""
-    return tmp_path_factory.mktemp("screenshots")
+def artifacts(pytestconfig: pytest.Config) -> Path:
+    """Screenshots, for people to look at: ``.pytest_cache/d/screenshots``."""
+    assert pytestconfig.cache is not None
+    return pytestconfig.cache.mkdir("screenshots")
 
 
 @pytest.fixture
