@@ -33,8 +33,15 @@ compared AS (
     GROUP BY task
 )"""
 
-_MASKS = """(value LIKE '{"segments"%' AND value NOT LIKE '%"answer":%')"""
-"""Painted masks; not where the person said something of the whole image."""
+_MASKS = """(value LIKE '{"segment_"%' AND value NOT LIKE '%"answer":%')"""
+"""Painted masks; not where the person said something of the whole image. (The name of a table would open the table.)"""
+
+_LAST_ACCEPTED = """
+last_accepted AS (
+    SELECT task, arg_max(run_id, finished_at) AS run
+    FROM (SELECT unnest(tasks) AS task, run_id, finished_at FROM runs WHERE job = 'accept' AND status = 'finished')
+    GROUP BY task
+)"""
 
 VIEWS: dict[str, str] = {
     "current_images": f"""
@@ -185,10 +192,10 @@ SELECT e.task, e.version, e.location, e.sha256, m.metrics, e.detail, e.run, e."a
 FROM events AS e LEFT JOIN measured AS m USING (task, version) WHERE e.event = 'made'
 """,
     "results": f"""
-WITH {_FINISHED}, {_LAST_SEEN}, {_NEWEST_PREDICTION},
+WITH {_FINISHED}, {_LAST_SEEN}, {_NEWEST_PREDICTION}, {_LAST_ACCEPTED},
 chosen AS (
-    SELECT accepted.*, run_finished_at FROM accepted JOIN finished USING (run)
-    QUALIFY row_number() OVER (PARTITION BY image_id, task ORDER BY run_finished_at DESC, accepted."at" DESC) = 1
+    SELECT accepted.* FROM accepted SEMI JOIN last_accepted USING (task, run)
+    QUALIFY row_number() OVER (PARTITION BY image_id, task ORDER BY accepted."at" DESC) = 1
 ),
 of_chosen AS (
     SELECT predictions.* FROM predictions SEMI JOIN chosen USING (image_id, task, model) JOIN finished USING (run)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from winnow.models.references import ResolvedModel
     from winnow_connectors.query import QueryEngine
     from winnow_connectors.registry import Move, Version
+    from winnow_jobs.accept import AcceptResult
     from winnow_jobs.augment import AugmentResult
     from winnow_jobs.duplicates import DuplicatesResult
     from winnow_jobs.export_masks import MasksResult
@@ -236,6 +237,12 @@ class Workspace:
         from winnow_jobs.review_status import review_status
 
         return review_status(self, task=task)
+
+    def accept(self, task: str, *, max_error: float, confidence: float = 0.95, per_class: bool = False) -> AcceptResult:
+        """Accept the answers that need no person; see ``winnow_jobs.accept.accept``."""
+        from winnow_jobs.accept import accept
+
+        return accept(self, task, max_error=max_error, confidence=confidence, per_class=per_class)
 
     def resume(
         self, run_id: str

@@ -171,11 +171,47 @@ def test_the_last_imported_label_counts_and_people_beat_it(warehouse: HandMade) 
     assert label_of(warehouse) == [("fox", "label_studio")]
 
 
-def test_of_two_annotators_the_newest_counts(warehouse: HandMade) -> None:
-    warehouse.add("labels", image_id="a", label="cat", updated_at=at(5))
-    warehouse.add("labels", image_id="a", label="dog", updated_at=at(6))
-    warehouse.add("labels", image_id="a", label="fox", updated_at=at(4))
+def test_of_one_annotator_the_newest_counts(warehouse: HandMade) -> None:
+    for label, minute in (("cat", 5), ("dog", 6), ("fox", 4)):
+        warehouse.add("labels", image_id="a", label=label, annotator="ann", updated_at=at(minute))
     assert label_of(warehouse) == [("dog", "label_studio")]
+
+
+def test_of_several_annotators_the_majority_counts(warehouse: HandMade) -> None:
+    def say(annotator: str, label: str | None, minute: int, **more: Any) -> None:
+        warehouse.add("labels", image_id="a", label=label, annotator=annotator, updated_at=at(minute), **more)
+
+    say("ann", "cat", 1)
+    say("bob", "dog", 2)
+    assert label_of(warehouse) == []  # nobody is ahead
+    say("eve", "cat", 3)
+    assert label_of(warehouse) == [("cat", "label_studio")]
+    say("dan", None, 4, value='{"answer":"unsure"}')
+    assert label_of(warehouse) == [("cat", "label_studio")]
+    say("bob", None, 5, event="skipped")  # another annotation of his: a skip is no vote
+    say("ann", "dog", 6)
+    assert label_of(warehouse) == [("dog", "label_studio")]
+    say("bob", "fox", 7)
+    assert label_of(warehouse) == []
+    warehouse.add("labels", image_id="a", label="owl", event="imported", origin="imported", server=None, project=None)
+    assert label_of(warehouse) == [("owl", "imported")]  # as long as people disagree
+
+
+def test_a_consensus_counts_among_masks_only(warehouse: HandMade) -> None:
+    def say(annotator: str | None, value: str, minute: int, **more: Any) -> None:
+        warehouse.add("labels", image_id="a", value=value, annotator=annotator, updated_at=at(minute), **more)
+
+    def current() -> list[tuple[Any, ...]]:
+        return warehouse.rows("SELECT origin, value FROM current_labels WHERE task = 'kind'")
+
+    say("ann", '{"segments":[1]}', 1)
+    say("bob", '{"segments":[2]}', 2)
+    assert current() == [("label_studio", '{"segments":[2]}')]
+    say(None, '{"segments":[3]}', 3, origin="consensus", server=None, project=None)
+    assert current() == [("consensus", '{"segments":[3]}')]
+    for annotator in ("ann", "bob"):
+        say(annotator, '{"segments":[],"answer":"unsure"}', 4)
+    assert current() == [("label_studio", '{"segments":[],"answer":"unsure"}')]
 
 
 def waiting(warehouse: HandMade) -> list[tuple[Any, ...]]:
@@ -231,9 +267,12 @@ def test_results_prefer_people_then_imports_then_accepted_then_predictions(wareh
     warehouse.add("predictions", image_id="a", label="cat", confidence=0.75)
     warehouse.add("predictions", image_id="a", label="dog", model="kind@2", confidence=0.25, run="r2")
     assert results_of(warehouse) == [("dog", "prediction", 0.25, "kind@2")]
-    warehouse.add("accepted", image_id="a", model="kind@1")
+    warehouse.add("accepted", image_id="a", model="kind@1", run="look1")
+    assert results_of(warehouse) == [("dog", "prediction", 0.25, "kind@2")]  # its run is not finished
+    warehouse.add("runs", run_id="look1", job="accept", tasks=["kind"], finished_at=at(10))
     assert results_of(warehouse) == [("cat", "accepted", 0.75, "kind@1")]
-    warehouse.add("accepted", image_id="a", model="kind@1", label="lynx", run="r2")
+    warehouse.add("accepted", image_id="a", model="kind@1", label="lynx", run="look2")
+    warehouse.add("runs", run_id="look2", job="accept", tasks=["kind"], finished_at=at(11))
     assert results_of(warehouse) == [("lynx", "accepted", 0.75, "kind@1")]
     warehouse.add("labels", image_id="a", label="fox", event="imported", origin="imported", server=None, project=None)
     assert results_of(warehouse) == [("fox", "imported", None, None)]

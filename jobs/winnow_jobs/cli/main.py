@@ -28,6 +28,7 @@ _COMMANDS = {
     "duplicates": "Find images that show the same, and images unlike all others.",
     "select": "Choose the images that people should see next.",
     "review": "Send queued images to Label Studio, bring the answers back, show how far people are.",
+    "accept": "Accept the answers that need no person, with a bound on their error rate.",
     "query": "Ask the tables with SQL.",
     "export": "Write results for other engines (Parquet, CSV, COCO), and masks.",
     "runs": "List, show, resume or abandon runs.",

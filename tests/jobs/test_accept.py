@@ -1,0 +1,197 @@
+"""``winnow accept`` over tables made by hand: what the promise rests on, what it costs to look, what is accepted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import workspaces as ws
+from delta_tables import HandMade, at
+from winnow.errors import CallError
+from winnow.risk import least_sample, share_of_look, upper_bound
+from winnow.splits import audit_positions
+from winnow_jobs import Workspace
+from winnow_jobs.cli.main import cli
+from winnow_jobs.selection import answerer_of
+
+TASK = ws.TASK
+NUM_AUDIT, NUM_OTHERS = 300, 500
+
+
+def image_id(number: int) -> str:
+    return hashlib.blake2b(str(number).encode(), digest_size=16).hexdigest()
+
+
+class Audited:
+    """Images 0 to 299 are the audit reserve in the order of their hashes, 300 to 799 are not.
+
+    Every answer is ``cat`` below 0.7 and ``dog`` above; the confidence of number n is ``0.5 + (n % 50) / 100``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.workspace = Workspace(ws.write_config(folder))
+        self.workspace.init()
+        self.tables = HandMade(folder / "warehouse" / "tables", exist=True)
+        groups = [f"g{number}" for number in range(NUM_AUDIT)]
+        order = np.argsort(audit_positions(groups))
+        self.ids = [image_id(number) for number in range(NUM_AUDIT + NUM_OTHERS)]
+        self.model = answerer_of(self.workspace, TASK)
+        self.tables.add_rows(
+            "images",
+            (
+                {"image_id": each, "audit": n < NUM_AUDIT, "group": groups[order[n]] if n < NUM_AUDIT else each}
+                for n, each in enumerate(self.ids)
+            ),
+        )
+        self.predict(self.model)
+
+    def predict(self, model: str) -> None:
+        self.tables.add_rows(
+            "predictions",
+            (
+                {"image_id": each, "task": TASK, "model": model, "confidence": self.confidence(n)}
+                | {"label": self.label(n)}
+                for n, each in enumerate(self.ids)
+            ),
+        )
+
+    @staticmethod
+    def confidence(number: int) -> float:
+        return 0.5 + (number % 50) / 100
+
+    def label(self, number: int) -> str:
+        return "dog" if self.confidence(number) >= 0.7 else "cat"
+
+    def say(self, numbers: Any, *, wrong: Any = (), event: str = "created") -> None:
+        """People answer audit images; ``wrong`` are those that the model got wrong."""
+        self.tables.add_rows(
+            "labels",
+            (
+                {"image_id": self.ids[n], "task": TASK, "audit": True, "event": event, "annotator": "ann"}
+                | {"updated_at": at(n if event == "created" else 1000 + n)}
+                | {"label": None if event == "skipped" else "eel" if n in wrong else self.label(n)}
+                for n in numbers
+            ),
+        )
+
+    def accept(self, **options: Any) -> Any:
+        return self.workspace.accept(TASK, **{"max_error": 0.05, **options})
+
+    def results(self) -> dict[str, int]:
+        rows = self.workspace.query("SELECT source, count(*) AS n FROM results GROUP BY 1").to_pylist()
+        return {row["source"]: row["n"] for row in rows}
+
+
+@pytest.fixture
+def audited(tmp_path: Path) -> Audited:
+    return Audited(tmp_path)
+
+
+def test_a_small_audit_is_refused_and_costs_nothing(audited: Audited) -> None:
+    audited.say(range(40))
+    result = audited.accept()
+    assert (result.status, result.run_id, result.num_audited, result.num_wrong) == ("refused", None, 40, None)
+    assert result.num_needed == least_sample(0.05, share_of_look(0.05, 1)) - 40
+    assert "the audit is too small" in result.verdict
+    assert audited.workspace.query("SELECT * FROM runs WHERE job = 'accept'").num_rows == 0
+
+
+def test_what_is_right_is_accepted_with_a_bound(audited: Audited) -> None:
+    audited.say(range(200))
+    result = audited.accept()
+    assert (result.status, result.look, result.num_audited, result.num_wrong) == ("finished", 1, 200, 0)
+    claim = result.claims["*"]
+    assert (claim.threshold, claim.num_audited, claim.num_wrong) == (0.0, 200, 0)
+    assert claim.bound == pytest.approx(upper_bound(0, 200, share_of_look(0.05, 1)))
+    assert (result.num_accepted, result.num_left) == (NUM_OTHERS, 0)
+    assert audited.results() == {
+        "accepted": NUM_OTHERS,
+        "person": 200,
+        "prediction": 100,
+    }  # the reserve is no part of it
+    (row,) = audited.workspace.query("SELECT DISTINCT model, threshold, bound, task FROM accepted").to_pylist()
+    assert row == {"model": audited.model, "threshold": 0.0, "bound": claim.bound, "task": TASK}
+
+    again = audited.accept()
+    assert (again.status, again.run_id, again.look, again.claims) == ("nothing to do", result.run_id, 1, result.claims)
+    assert audited.workspace.query("SELECT * FROM runs WHERE job = 'accept'").num_rows == 1
+
+
+def test_only_the_complete_prefix_counts(audited: Audited) -> None:
+    audited.say(n for n in range(300) if n != 90)
+    assert audited.accept().num_audited == 90
+    audited.say([90], event="skipped")
+    result = audited.accept()
+    assert (result.num_audited, result.num_wrong) == (300, 1)  # a skip is an answer, and an error
+
+
+def test_unsure_answers_are_not_sure_enough_and_the_last_look_counts(audited: Audited) -> None:
+    wrong = [n for n in range(300) if Audited.confidence(n) < 0.7][::2]
+    audited.say(range(150), wrong=wrong)
+    first = audited.accept(max_error=0.1)
+    assert (first.status, first.look) == ("finished", 1)
+    audited.say(range(150, 300), wrong=wrong)
+    second = audited.accept(max_error=0.1)
+    assert (second.look, second.num_audited) == (2, 300)
+    claim = second.claims["*"]
+    assert 0.6 < claim.threshold <= 0.7
+    assert claim.bound <= 0.1
+    numbers = [n for n in range(NUM_AUDIT, NUM_AUDIT + NUM_OTHERS) if Audited.confidence(n) >= claim.threshold - 1e-6]
+    rows = audited.workspace.query("SELECT image_id FROM results WHERE source = 'accepted'")["image_id"].to_pylist()
+    assert sorted(rows) == sorted(audited.ids[n] for n in numbers)
+    assert (second.num_accepted, second.num_left) == (len(numbers), NUM_OTHERS - len(numbers))
+
+    # People change their answers: the look is the third, promises nothing, and takes back what stood before.
+    audited.say(range(300), wrong=range(0, 300, 2), event="changed")
+    third = audited.accept(max_error=0.1)
+    assert (third.look, third.claims, third.num_accepted) == (3, {}, 0)
+    assert third.num_needed >= 0
+    assert "accepted" not in audited.results()
+
+
+def test_classes_have_claims_of_their_own(audited: Audited) -> None:
+    wrong = [n for n in range(300) if audited.label(n) == "cat"][::3]
+    audited.say(range(300), wrong=wrong)
+    result = audited.accept(per_class=True)
+    assert list(result.claims) == ["dog"]
+    labels = set(audited.workspace.query("SELECT label FROM results WHERE source = 'accepted'")["label"].to_pylist())
+    assert labels == {"dog"}
+    assert result.claims["dog"].bound == pytest.approx(upper_bound(0, 180, share_of_look(0.05, 1) / 2))
+
+
+def test_what_people_said_is_not_accepted(audited: Audited) -> None:
+    audited.say(range(200))
+    audited.tables.add("labels", task=TASK, image_id=audited.ids[400], label="bee", audit=False)
+    assert audited.accept().num_accepted == NUM_OTHERS - 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"max_error": 0.0}, "--max-error 0 is not valid"), ({"confidence": 1.0}, "--confidence 1 is not valid")],
+)
+def test_a_wrong_call_says_what_is_valid(audited: Audited, options: dict[str, float], message: str) -> None:
+    with pytest.raises(CallError, match=message):
+        audited.accept(**options)
+    with pytest.raises(CallError, match="task 'other' is unknown"):
+        audited.workspace.accept("other", max_error=0.1)
+
+
+def test_the_command_speaks_to_people_and_machines(audited: Audited) -> None:
+    def run(*arguments: str) -> str:
+        command = ["--config", str(audited.workspace.config_path), "accept", TASK, "--max-error", "0.05", *arguments]
+        return CliRunner().invoke(cli, command).output
+
+    assert "refused: the audit is too small" in run()
+    audited.say(range(200))
+    output = run()
+    assert "all classes: confidence from 0.000 on; 0 wrong of 200 audited" in output
+    assert "500 of 500 images need no person: wrong at most 5.0% of the time, at a confidence of 95.0%" in output
+    assert "nothing to do: the same labels were looked at before" in run()
+    found = json.loads(run("--json"))
+    assert (found["num_accepted"], found["look"]) == (500, 1)
