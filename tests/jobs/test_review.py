@@ -19,7 +19,7 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 
 import workspaces as ws
-from reviewed import HEIGHT, PARTS, SECRET, TASK, WIDTH, Reviewed
+from reviewed import HEIGHT, PARTS, SECRET, TASK, WIDTH, Reviewed, telling_jpeg
 from winnow.errors import CallError
 from winnow.mask_files import read_label
 from winnow.masks import encode_classes
@@ -362,11 +362,21 @@ def test_copies_in_a_bucket_are_seen(
     )
     reviewed.add_images(3)
     reviewed.answer()
-    reviewed.queue(reviewed.ids)
+    reviewed.queue(reviewed.ids[:2])
     pushed = reviewed.push()
-    assert pushed.num_new == 3
+    assert pushed.num_new == 2
     check_nothing_is_told(reviewed, pushed.project)
     assert reviewed.push().status == "nothing to do"
+
+    config = reviewed.workspace.config_path
+    config.write_text(config.read_text() + "\n[review]\nserve_originals = true\n")
+    reviewed.workspace = Workspace(config)
+    reviewed.queue(reviewed.ids[2:])
+    output = run(reviewed.workspace, "review", "push", "--task", TASK).output
+    assert f"{TASK}: 1 new, 0 updated, 2 known" in output
+    assert "annotators see the original files" in output
+    data = see(reviewed, reviewed.tasks(pushed.project)[reviewed.ids[2]]["data"]["image"])
+    assert data == telling_jpeg(2)  # on request only
 
 
 def test_originals_are_served_on_request_only(reviewed: Reviewed) -> None:

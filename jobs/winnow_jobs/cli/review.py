@@ -51,6 +51,11 @@ def push(call: Call, task: str | None, as_json: bool) -> None:
         return
     for result in results:
         _print_push(result)
+    if call.workspace.config.review.serve_originals:
+        click.echo(
+            "note: serve_originals is on: annotators see the original files, with their names, folders and metadata "
+            "such as place and camera"
+        )
     if any(result.project or result.audit_project for result in results):
         click.echo("next: people answer in Label Studio; then winnow review pull")
 
