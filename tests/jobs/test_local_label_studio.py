@@ -20,7 +20,7 @@ from winnow.errors import CallError, JobError
 from winnow_connectors import label_studio, label_sync
 from winnow_connectors.label_config import label_config
 from winnow_connectors.label_studio import LabelStudio
-from winnow_connectors.label_sync import sync
+from winnow_connectors.label_sync import TaskKey, sync
 from winnow_connectors.label_tasks import class_result, prediction
 from winnow_connectors.objects import Patience
 from winnow_jobs import services
@@ -109,9 +109,12 @@ def test_a_push_and_a_pull_survive_kill9_of_the_server(folder: Path, monkeypatch
     project_id = opened.create_project("pets", config=config, instructions="", in_order=True).project_id
     ids = [f"{number:032x}" for number in range(400)]
 
-    def make(image_ids: Sequence[str]) -> list[dict[str, Any]]:
+    def make(keys: Sequence[TaskKey]) -> list[dict[str, Any]]:
         predictions = [prediction("pets@1", 1, class_result("a"))]
-        return [{"data": {"image": f"s3://x/{n}", "image_id": n}, "predictions": predictions} for n in image_ids]
+        return [
+            {"data": {"image": f"s3://x/{image_id}", "image_id": image_id, "round": number}, "predictions": predictions}
+            for image_id, number in keys
+        ]
 
     def restart() -> None:
         server.kill9()
@@ -124,7 +127,8 @@ def test_a_push_and_a_pull_survive_kill9_of_the_server(folder: Path, monkeypatch
             restarts.append(threading.Timer(0.05, restart))  # while the next chunk is on its way
             restarts[-1].start()
 
-    done = sync(opened, project_id, ids, make, model="pets@1", on_progress=on_progress)
+    wanted = {(image_id, 1): "pets@1" for image_id in ids}
+    done = sync(opened, project_id, wanted, make, on_progress=on_progress)
     for thread in restarts:
         thread.join()
     assert len(restarts) == 2
