@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ class Reviewed:
         self.tables = HandMadeAt(self.workspace)
         self.ids: list[str] = []
 
-    @property
+    @cached_property
     def model(self) -> str:
         return answerer_of(self.workspace, TASK)
 
