@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -32,8 +31,6 @@ from winnow_jobs.vectors import quoted
 if TYPE_CHECKING:
     from winnow_connectors.query import QueryEngine
     from winnow_jobs.workspace import Workspace
-
-logger = logging.getLogger(__name__)
 
 ALL = "*"
 """Name of the claim about all classes together."""

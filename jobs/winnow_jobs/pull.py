@@ -22,10 +22,19 @@ from winnow.masks import encode_classes, unlabelled
 from winnow_connectors.label_studio import ChangedTask, LabelStudio, round_of
 from winnow_connectors.label_studio_http import NotThereError
 from winnow_connectors.label_sync import TaskKey
-from winnow_connectors.label_tasks import Annotation, Answer, Shape, read_annotation, read_class, read_masks
+from winnow_connectors.label_tasks import Annotation, Answer, read_annotation, read_class, read_masks
 from winnow_connectors.query import QueryEngine
 from winnow_jobs.progress import Progress
-from winnow_jobs.review import FINISHED, MAX_ATTEMPTS, KnownProject, begin_anew, known_projects, publish, reviewed_tasks
+from winnow_jobs.review import (
+    FINISHED,
+    MAX_ATTEMPTS,
+    KnownProject,
+    begin_anew,
+    known_projects,
+    model_answers,
+    publish,
+    reviewed_tasks,
+)
 from winnow_jobs.review_status import Preview, ReviewStatus, status_of
 from winnow_jobs.selection import answerer_of
 from winnow_jobs.vectors import quoted
@@ -193,7 +202,7 @@ class _Puller:
             f"""
             WITH {FINISHED}
             SELECT * FROM labels SEMI JOIN finished USING (run)
-            WHERE {self._of_task} AND origin = 'label_studio' AND image_id IN ({", ".join(map(quoted, images))})
+            WHERE {self._of_task} AND origin = 'label_studio' AND {_among(images)}
             """
         ).to_pylist()
         latest: dict[tuple[Any, ...], Row] = {}
@@ -203,13 +212,14 @@ class _Puller:
         for row in latest.values():
             if row["event"] not in _GONE:
                 people[row["image_id"]][row["annotator"] or row["annotation_id"]] = row
+        stored = self._stored_consensus(images) if self._kind == "segmentation" else {}
         joint: list[Row] = []
         tied: list[Row] = []
         for image_id in images:
             rows = list(people[image_id].values())
             masks = [row for row in rows if is_mask(row)]
             if self._kind == "segmentation":
-                joint += self._joint_mask(image_id, masks)
+                joint += self._joint_mask(image_id, masks, stored.get(image_id))
             if rows and majority([vote(row) for row in rows]) is None:
                 tied.append(max(rows, key=lambda row: row["round"] or 0))
         return joint, self._tie_rows(tied)
@@ -293,27 +303,9 @@ class _Puller:
         return before[-1] if before else sent[0][1] if sent else None
 
     def _model_answers(self, keys: Iterable[TaskKey]) -> Mapping[tuple[str, str], Any]:
-        """What models answered to these images: a label, or shapes, by image and model."""
+        """What models answered to these images, by image and model."""
         images = sorted({image_id for image_id, _ in keys})
-        if not images:
-            return {}
-        table = "segments" if self._kind == "segmentation" else "predictions"
-        columns = "label, confidence, rle" if self._kind == "segmentation" else "label"
-        rows = self._engine.sql(
-            f"""
-            WITH finished AS (SELECT run_id AS run, finished_at FROM runs WHERE status = 'finished')
-            SELECT image_id, model, {columns} FROM {table} JOIN finished USING (run)
-            WHERE {self._of_task} AND image_id IN ({", ".join(map(quoted, images))})
-            QUALIFY rank() OVER (PARTITION BY image_id, model ORDER BY finished_at DESC, run) = 1
-            ORDER BY image_id, model, label
-            """
-        ).to_pylist()
-        if self._kind == "classification":
-            return {(row["image_id"], row["model"]): row["label"] for row in rows}
-        found: dict[tuple[str, str], list[Shape]] = defaultdict(list)
-        for row in rows:
-            found[row["image_id"], row["model"]].append(Shape(row["label"], row["rle"], row["confidence"]))
-        return found
+        return model_answers(self._engine, self._task, self._kind, _among(images)) if images else {}
 
     def _row(
         self,
@@ -341,6 +333,8 @@ class _Puller:
         asked = self._asked[key]
         model = self._shown_model(key, change.created_at)
         shown = answers.get((key[0], model)) if model is not None else None
+        if self._kind == "classification" and shown is not None:
+            shown = shown["label"]
         answer = Answer(None, None, None) if change.skipped else self._read(change, task, shown)
         return constant | {
             "image_id": key[0],
@@ -373,18 +367,28 @@ class _Puller:
 
     # -- several people --------------------------------------------------------------------------------------------
 
-    def _joint_mask(self, image_id: str, masks: Sequence[Row]) -> list[Row]:
-        """The mask that most people gave to each pixel; a deletion when fewer than two people's masks are left."""
-        stored = self._engine.sql(
+    def _stored_consensus(self, images: Sequence[str]) -> dict[str, str]:
+        """Last event of the consensus of each image that has one."""
+        rows = self._engine.sql(
             f"""
-            WITH {FINISHED} SELECT event FROM labels SEMI JOIN finished USING (run)
-            WHERE {self._of_task} AND origin = '{CONSENSUS}' AND image_id = {quoted(image_id)}
-            ORDER BY updated_at DESC LIMIT 1
+            WITH {FINISHED}
+            SELECT image_id, arg_max(event, updated_at) AS event FROM labels SEMI JOIN finished USING (run)
+            WHERE {self._of_task} AND origin = '{CONSENSUS}' AND {_among(images)} GROUP BY image_id
             """
         ).to_pylist()
+        return {row["image_id"]: row["event"] for row in rows}
+
+    def _joint_mask(self, image_id: str, masks: Sequence[Row], stored: str | None) -> list[Row]:
+        """The mask that most people gave to each pixel; a deletion when fewer than two people's masks are left.
+
+        Args:
+            image_id: of the image.
+            masks: one row of each person.
+            stored: last event of the image's consensus; None without one.
+        """
         constant = {"task": self._task, "origin": CONSENSUS, "image_id": image_id}
         if len(masks) < 2:
-            gone = bool(stored) and stored[0]["event"] != "deleted"
+            gone = stored not in (None, "deleted")
             return [constant | {"event": "deleted", "updated_at": datetime.now(UTC)}] if gone else []
         names, maps = label_maps(masks, self._classes)
         if not maps:
@@ -398,7 +402,7 @@ class _Puller:
         return [
             constant
             | {
-                "event": "changed" if stored else "created",
+                "event": "created" if stored is None else "changed",
                 "value": json.dumps({"segments": segments}, separators=(",", ":"), ensure_ascii=False),
                 "sha256": newest["sha256"],
                 "audit": newest["audit"],
@@ -440,3 +444,8 @@ class _Puller:
 def _key(task: ChangedTask) -> TaskKey | None:
     image_id = task.data.get("image_id")
     return (image_id, round_of(task.data)) if isinstance(image_id, str) else None
+
+
+def _among(images: Sequence[str]) -> str:
+    """SQL: one of these images."""
+    return f"image_id IN ({', '.join(map(quoted, images))})"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +24,6 @@ from winnow_connectors.label_sync import Synced, TaskKey, sync
 from winnow_connectors.label_tasks import (
     Json,
     ReviewItem,
-    Shape,
     class_result,
     mask_results,
     prediction,
@@ -37,6 +35,7 @@ from winnow_jobs.review import (
     MAX_ATTEMPTS,
     begin_anew,
     known_projects,
+    model_answers,
     publish,
     reviewed_tasks,
 )
@@ -374,25 +373,11 @@ class _Pusher:
         return self._server.find_project(title, description=description)
 
     def _answers(self) -> Mapping[str, Any]:
-        """What the model answered, by image: a label with its confidence, or shapes."""
-        table = "segments" if self._kind == "segmentation" else "predictions"
-        columns = "label, confidence, rle" if self._kind == "segmentation" else "label, confidence"
-        rows = self._engine.sql(
-            f"""
-            WITH finished AS (SELECT run_id AS run, finished_at FROM runs WHERE status = 'finished'),
-            wanted AS (SELECT DISTINCT image_id FROM queue_waiting WHERE task = {quoted(self._task)})
-            SELECT image_id, {columns} FROM {table} SEMI JOIN wanted USING (image_id) JOIN finished USING (run)
-            WHERE task = {quoted(self._task)} AND model = {quoted(self.model)}
-            QUALIFY rank() OVER (PARTITION BY image_id ORDER BY finished_at DESC, run) = 1
-            ORDER BY image_id, label
-            """
-        ).to_pylist()
-        if self._kind == "classification":
-            return {row["image_id"]: row for row in rows}
-        shapes: dict[str, list[Shape]] = defaultdict(list)
-        for row in rows:
-            shapes[row["image_id"]].append(Shape(row["label"], row["rle"], row["confidence"]))
-        return shapes
+        """What the model answered, by image."""
+        waiting = f"SELECT image_id FROM queue_waiting WHERE task = {quoted(self._task)}"
+        where = f"model = {quoted(self.model)} AND image_id IN ({waiting})"
+        found = model_answers(self._engine, self._task, self._kind, where)
+        return {image_id: answer for (image_id, _), answer in found.items()}
 
     def _drawn(self, item: ReviewItem, answer: Any) -> list[Json]:
         if self._kind == "classification":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,15 +12,15 @@ import pyarrow as pa
 
 from winnow import __version__
 from winnow.schemas import TABLES
+from winnow_connectors.label_tasks import Shape
 from winnow_connectors.ledger import Plan, digest_of, new_run_id
 from winnow_jobs.selection import reviewed_task
 from winnow_jobs.vectors import quoted
 
 if TYPE_CHECKING:
+    from winnow.config import Kind
     from winnow_connectors.query import QueryEngine
     from winnow_jobs.workspace import Workspace
-
-logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 20
 """How often another process may be faster before we give up."""
@@ -81,10 +81,40 @@ def known_projects(engine: QueryEngine, server: str, task: str) -> list[KnownPro
 def begin_anew(workspace: Workspace, work: str) -> tuple[tuple[str, int], ...]:
     """The claim that a run of this work needs; a run that was cut short is given up, because nothing of it counts."""
     ledger = workspace.warehouse.ledger
-    numbers = ledger.next_numbers([work])
-    if (left := ledger.open_run(work)) is not None:
+    while True:
+        # In this order: a run that claims the number meanwhile makes our claim fail, and we look again.
+        numbers = ledger.next_numbers([work])
+        left = ledger.open_run(work)
+        if left is None:
+            return numbers
         ledger.abandon(left, "cut short; done anew by the next one")
-    return ledger.next_numbers([work]) if left is not None else numbers
+
+
+def model_answers(engine: QueryEngine, task: str, kind: Kind, where: str) -> dict[tuple[str, str], Any]:
+    """The newest answers of models: a label with its confidence, or the shapes of a mask, by image and model.
+
+    Args:
+        engine: SQL over the warehouse.
+        task: its name.
+        kind: of the task.
+        where: SQL over ``image_id`` and ``model``: which answers.
+    """
+    table, rle = ("segments", ", rle") if kind == "segmentation" else ("predictions", "")
+    rows = engine.sql(
+        f"""
+        WITH finished AS (SELECT run_id AS run, finished_at FROM runs WHERE status = 'finished')
+        SELECT image_id, model, label, confidence{rle} FROM {table} JOIN finished USING (run)
+        WHERE task = {quoted(task)} AND {where}
+        QUALIFY rank() OVER (PARTITION BY image_id, model ORDER BY finished_at DESC, run) = 1
+        ORDER BY image_id, model, label
+        """
+    ).to_pylist()
+    if kind == "classification":
+        return {(row["image_id"], row["model"]): row for row in rows}
+    shapes: dict[tuple[str, str], Any] = defaultdict(list)
+    for row in rows:
+        shapes[row["image_id"], row["model"]].append(Shape(row["label"], row["rle"], row["confidence"]))
+    return shapes
 
 
 def publish(

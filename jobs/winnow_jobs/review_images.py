@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import collections
 import itertools
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,8 +24,6 @@ from winnow_jobs.reading import ImageReader, Read
 if TYPE_CHECKING:
     from winnow_connectors.object_store import ObjectStores
     from winnow_jobs.workspace import Workspace
-
-logger = logging.getLogger(__name__)
 
 COPIES = "review/copies"
 """Where copies lie in the warehouse."""
