@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import os
 import shutil
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -16,12 +17,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 import torchvision.models
 
 from winnow.config import TaskConfig
 from winnow.errors import CallError, JobError
+from winnow.models.checkpoints import read_state_dict
 from winnow.models.loading import load, load_network, obtain_weights
 from winnow.models.networks import state_of
 from winnow.models.references import ResolvedModel, resolve
@@ -165,3 +168,21 @@ def test_checkpoint_that_changed_or_vanished_is_told(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(CallError, match="not on this machine"):
         load(model)
+
+
+def test_ctrl_c_while_a_file_is_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "small.safetensors"
+    safetensors.torch.save_file({"weight": torch.zeros(2)}, path)
+    read = safetensors.torch.load_file
+
+    def interrupted(path: Path) -> dict[str, torch.Tensor]:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:  # as the native code does, in the middle of a tensor
+            raise safetensors.SafetensorError("could not determine the shape") from None
+        return read(path)
+
+    monkeypatch.setattr(safetensors.torch, "load_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        read_state_dict(path, path.name)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -6,12 +6,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import pickle
+import signal
 import struct
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +100,8 @@ def _read_safetensors(source: Path | bytes, name: str) -> dict[str, Tensor]:
     from safetensors.torch import load, load_file
 
     try:
-        return load(source) if isinstance(source, bytes) else load_file(source)
+        with interrupts_wait():
+            return load(source) if isinstance(source, bytes) else load_file(source)
     except (SafetensorError, ValueError) as error:
         raise CallError(f"{name} cannot be read as safetensors: {error}; is it complete?") from None
     except OSError as error:
@@ -109,7 +113,7 @@ def _read_pickle(source: Path | bytes, name: str) -> object:
 
     stream: Any = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with warnings.catch_warnings():
+        with interrupts_wait(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about TorchScript archives, which are refused anyway
             return torch.load(stream, map_location="cpu", weights_only=True)
     except _UNPICKLING_FAULTS as error:
@@ -129,6 +133,26 @@ def _read_pickle(source: Path | bytes, name: str) -> object:
             f"{name} is refused: it is damaged, cut off, or not a file of tensors "
             f"({_first_line(said) or type(error).__name__}); copy it again, or save model.state_dict() as .safetensors"
         ) from None
+
+
+@contextlib.contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Ctrl-C takes effect at the end of the block, which should be short.
+
+    For native code that turns a KeyboardInterrupt in the middle of it into an error of its own, such as safetensors'
+    "could not determine the shape". In other threads than the main one, which never get it, this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _find_state_dict(loaded: object, name: str) -> dict[str, Tensor]:
