@@ -64,6 +64,21 @@ def ray_cluster(*, num_cpus: int | None = None) -> Iterator[list[Node]]:
             ray.shutdown()
 
 
+def quieten_ray(*names: str) -> None:
+    """Keep messages of parts of Ray in their log files; what they raise reaches the user through our errors.
+
+    Only handlers of Ray's own making: it also hands its messages to those of others, which have more to tell.
+
+    Args:
+        names: of loggers, such as ``ray.data``.
+    """
+    for name in names:
+        for handler in logging.getLogger(name).handlers:
+            is_rays = type(handler).__module__.startswith("ray.")
+            if is_rays and isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+                handler.setLevel(logging.CRITICAL)
+
+
 def _exists(path: Path) -> bool:
     return path.exists()
 

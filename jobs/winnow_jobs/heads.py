@@ -6,7 +6,6 @@ Legend: N images, D features, C classes; label maps (H, W).
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import time
 import zlib
@@ -18,17 +17,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from winnow.calibration import LEAST_IMAGES, calibration_metrics, fit_temperature
-from winnow.errors import FAILURE_KINDS, FetchError, JobError, MaskError, StoppedError
-from winnow.mask_files import read_label
-from winnow.masks import label_dtype, resize_to_source
-from winnow.metrics import classification_metrics, confusion, segmentation_metrics
+from winnow.calibration import LEAST_IMAGES, calibration_metrics
+from winnow.errors import JobError
+from winnow.masks import label_dtype
+from winnow.metrics import classification_metrics
 from winnow.models.cards import Head
 from winnow.models.references import ResolvedModel
 from winnow.splits import SPLITS
 from winnow.uncertainty import softmax
 from winnow_jobs.features import Featured, FeatureReader, MappedArrays
 from winnow_jobs.labelled import LabelledImages
+from winnow_jobs.mask_labels import read_masks
+from winnow_jobs.measuring import (
+    LEAST_VAL,
+    LEAST_VAL_MASKS,
+    MaskMeter,
+    Sample,
+    calibrate,
+    check_left_out,
+    left_out_sentences,
+)
 from winnow_jobs.progress import Progress
 from winnow_jobs.reading import Read
 
@@ -40,21 +48,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LEAST_VAL = 50
-"""Labelled images of the val split that are enough to choose by; with fewer, five folds of the train split choose."""
-
-LEAST_VAL_MASKS = 5
-"""Masks of the val split that are enough to fit a temperature on; pixels of one image are much alike."""
-
 FEW_LABELS = 5
 """A class with fewer labels is warned about."""
 
 _FOLDS = 5
-_PIXELS = 200_000
-"""Pixels of a split that calibration is fitted on or measured at, over all images."""
-
-_LEAST_TO_STOP = 20
-"""Images after which a share of failures means something."""
 
 
 @dataclass(frozen=True)
@@ -122,13 +119,7 @@ class HeadJob:
 
     def warnings(self) -> list[str]:
         """What was remarked, and the images left out."""
-        if not self.failures:
-            return self._warnings
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.failures.items()))
-        return [
-            *self._warnings,
-            f"{sum(self.failures.values()):,} labelled images could not be used ({kinds}): {'; '.join(self._examples)}",
-        ]
+        return [*self._warnings, *left_out_sentences(self.failures, self._examples)]
 
     def read(self, use: Callable[[FeatureReader, Featured], None]) -> None:
         """Features of all images, split by split, in the order of image ids.
@@ -163,25 +154,13 @@ class HeadJob:
         self.failures[kind] += 1
         if len(self._examples) < 3:
             self._examples.append(message if uri in message else f"{uri}: {message}")
-        num_failed = sum(self.failures.values())
-        share = self.reading.max_failure_share
-        systemic = sum(count for name, count in self.failures.items() if _is_systemic(name))
-        num_seen = num_failed + sum(self.num_images.values())
-        if num_seen >= _LEAST_TO_STOP and max(systemic, self.failures["label"]) > share * num_seen:
-            raise StoppedError(
-                f"stopped, nothing was published: {num_failed:,} of {num_seen:,} labelled images could not be used, "
-                f"more than max_failure_share = {share:g}: {'; '.join(self._examples)}. Mend that, then run the same "
-                "command"
-            )
+        num_seen = sum(self.failures.values()) + sum(self.num_images.values())
+        check_left_out(self.failures, self._examples, num_seen, self.reading.max_failure_share)
 
     def check_left(self) -> None:
         """Raises JobError when no image of the train split could be used."""
         if not self.num_images["train"]:
             raise JobError(f"no labelled image of the train split could be used: {'; '.join(self._examples)}")
-
-
-def _is_systemic(kind: str) -> bool:
-    return kind in FAILURE_KINDS and FAILURE_KINDS[kind].systemic
 
 
 def learn_labels(job: HeadJob) -> Learned:
@@ -211,7 +190,8 @@ def learn_labels(job: HeadJob) -> Learned:
     if len(np.unique(labels_N["train"])) < 2:
         raise JobError("the images of the train split that could be read have one class only; label others")
     by_class = np.bincount(labels_N["train"], minlength=len(job.classes))
-    _warn_about_classes(job, {name: int(by_class[index[name]]) for name in job.classes})
+    for sentence in class_warnings({name: int(by_class[index[name]]) for name in job.classes}, "label"):
+        job.warn(sentence)
     enough = len(labels_N["val"]) >= LEAST_VAL
     if not enough:
         job.warn(
@@ -274,15 +254,21 @@ def _folds(groups: Sequence[str], seed: int) -> NDArray[np.int64]:
     return np.array([fold[group] for group in groups], dtype=np.int64)
 
 
-def _warn_about_classes(job: HeadJob, counts: Mapping[str, int]) -> None:
-    """Classes that cannot be learned, or hardly."""
-    what = "labelled image" if job.kind == "segmentation" else "label"
+def class_warnings(counts: Mapping[str, int], what: str) -> list[str]:
+    """Sentences about classes that cannot be learned, or hardly.
+
+    Args:
+        counts: of the train split, by class.
+        what: is counted.
+    """
     absent = [name for name, count in counts.items() if not count]
     few = [f"{name} ({count})" for name, count in counts.items() if 0 < count < FEW_LABELS]
+    said = []
     if absent:
-        job.warn(f"no {what} of the train split has {_names(absent)}: the version will practically never answer it")
+        said.append(f"no {what} of the train split has {_names(absent)}: the version will practically never answer it")
     if few:
-        job.warn(f"fewer than {FEW_LABELS} {what}s of the train split have {_names(few)}: expect little of it")
+        said.append(f"fewer than {FEW_LABELS} {what}s of the train split have {_names(few)}: expect little of it")
+    return said
 
 
 def _names(names: Sequence[str]) -> str:
@@ -290,16 +276,6 @@ def _names(names: Sequence[str]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------- masks
-
-
-def _mask_uri(value: str) -> str | None:
-    """The file that a label names, if it is well-formed and names one; what else it may be, ``read_label`` says."""
-    try:
-        content = json.loads(value)
-    except (ValueError, RecursionError):
-        return None
-    uri = content.get("mask") if isinstance(content, dict) else None
-    return uri if isinstance(uri, str) and uri else None
 
 
 @dataclass(frozen=True)
@@ -334,21 +310,12 @@ def learn_masks(job: HeadJob) -> Learned:
         def use(reader: FeatureReader, featured: Featured) -> None:
             split = featured.images[0].row["split"]
             kept, targets = [], []
-            masks = reader.reader.fetch(filter(None, (_mask_uri(image.row["value"]) for image in featured.images)))
 
-            def read(uri: str) -> bytes:
-                found = masks[uri]
-                if isinstance(found, FetchError):
-                    raise found
-                return found
+            def fail(image: Read, message: str) -> None:
+                job.leave_out(image.row["uri"], "label", message)
 
-            for number, image in enumerate(featured.images):
-                row = image.row
-                try:
-                    labels_HW = read_label(row["value"], job.classes, width=image.width, height=image.height, read=read)
-                except (MaskError, FetchError) as error:
-                    job.leave_out(row["uri"], "label", f"{row['uri']}: {error.message}")
-                    continue
+            for number, labels_HW in read_masks(reader.reader, featured.images, job.classes, fail):
+                image = featured.images[number]
                 kept.append(number)
                 shown = job.backbone.view.target(image.width, image.height)
                 targets.append(target_of(labels_HW, shown, size, num_classes))
@@ -366,7 +333,8 @@ def learn_masks(job: HeadJob) -> Learned:
         job.check_left()
         if not has_class["train"]:
             raise JobError(f"no pixel of the {learn.num_filled:,} masks of the train split is labelled")
-        _warn_about_classes(job, {name: has_class["train"][name] for name in job.classes})
+        for sentence in class_warnings({name: has_class["train"][name] for name in job.classes}, "labelled image"):
+            job.warn(sentence)
         started = time.monotonic()
         *maps, targets_NHW = learn.arrays()
         with Progress("train", num_steps(len(targets_NHW))) as progress:
@@ -384,16 +352,12 @@ def learn_masks(job: HeadJob) -> Learned:
             first += len(truths[split])
         job.seconds["measure"] = time.monotonic() - started
     enough = len(truths["val"]) >= LEAST_VAL_MASKS
-    temperature = fit_temperature(*pixels["val"]) if enough else 1.0
+    temperature, metrics["calibration"] = calibrate(pixels, enough=enough, what="pixels of val")
     if not enough:
         job.warn(
             f"{len(truths['val']):,} images of the val split have masks, fewer than {LEAST_VAL_MASKS}: the temperature "
             "is 1, and confidence may be far from accuracy"
         )
-    metrics["calibration"] = {
-        "fitted_on": "pixels of val" if enough else None,
-        **{split: calibration_metrics(*sample, temperature) for split, sample in pixels.items()},
-    }
     metrics["train"] = {"n": job.num_images["train"]}
     metrics["fit"] = {"steps": num_steps(job.num_images["train"])}
     return Learned(head, "pyramid", metrics, {split: dict(has_class[split]) for split in SPLITS}, temperature)
@@ -401,35 +365,18 @@ def learn_masks(job: HeadJob) -> Learned:
 
 def _measure_masks(
     job: HeadJob, head: nn.Module, maps: Sequence[NDArray[Any]], truths: Sequence[_Truth], split: str
-) -> tuple[dict[str, Any], tuple[NDArray[np.float32], NDArray[np.int64]]]:
-    """Answers as predict gives them, compared pixel by pixel at each image's own size.
+) -> tuple[dict[str, Any], Sample]:
+    """Metrics, and pixels for calibration."""
+    from winnow.models.pyramid_training import BATCH, logits_of
 
-    Also logits (n, C) and labels (n,) of labelled pixels of the view, drawn by seed, of each image equally many.
-    """
-    from winnow.models.pyramid_training import BATCH, logits_of, target_of
-
-    size, num_classes = job.backbone.view.size, len(job.classes)
+    size = job.backbone.view.size
     assert size is not None
-    total_CC = np.zeros((num_classes, num_classes), dtype=np.int64)
-    random = np.random.default_rng(job.seed)
-    sampled_NC, sampled_N = [np.empty((0, num_classes), np.float32)], [np.empty(0, np.int64)]
+    meter = MaskMeter(job.backbone.view, len(job.classes), len(truths), job.seed)
     with Progress(f"measure {split}", len(truths)) as progress:
         for start in range(0, len(truths), BATCH):
             part = truths[start : start + BATCH]
             logits_NCHW = logits_of(head, [found[start : start + BATCH] for found in maps], size)  # type: ignore[arg-type]
             for truth, logits_CHW in zip(part, logits_NCHW, strict=True):
-                labels_HW = truth.unpack()
-                void = int(np.iinfo(labels_HW.dtype).max)
-                height, width = labels_HW.shape
-                shown_width, shown_height = job.backbone.view.target(width, height)
-                answer_HW = logits_CHW[:, :shown_height, :shown_width].argmax(axis=0)
-                shown = resize_to_source(answer_HW, width, height)
-                total_CC += confusion(labels_HW, shown, num_classes, void=void)
-                target = target_of(labels_HW, (shown_width, shown_height), size, num_classes).ravel()
-                labelled = np.flatnonzero(target != void)
-                chosen = random.choice(labelled, min(len(labelled), _PIXELS // len(truths)), replace=False)
-                sampled_NC.append(logits_CHW.reshape(num_classes, -1)[:, chosen].T)
-                sampled_N.append(target[chosen].astype(np.int64))
+                meter.add(truth.unpack(), logits_CHW)
             progress.update(start + len(part))
-    metrics = segmentation_metrics(total_CC, job.classes, len(truths))
-    return metrics, (np.concatenate(sampled_NC), np.concatenate(sampled_N))
+    return meter.metrics(job.classes), meter.sample()

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from winnow.config import TaskConfig
     from winnow_connectors.query import QueryEngine
 
+LABELS = "labels.parquet"
+"""Where a training keeps its labels, in the folder of its run."""
+
 SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string()),

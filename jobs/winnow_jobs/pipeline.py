@@ -26,6 +26,7 @@ from winnow_connectors.ledger import Plan
 from winnow_connectors.object_store import ObjectStores
 from winnow_connectors.warehouse import Warehouse
 from winnow_jobs.augment import AugmentSpec, CopyWriter, MakeCopies
+from winnow_jobs.cluster import quieten_ray
 from winnow_jobs.resources import ResourcePlan
 from winnow_jobs.spec import PredictSpec, ReadSpec
 from winnow_jobs.stages import AnswerWriter, BatchWriter, FetchDecode, Infer
@@ -258,7 +259,7 @@ def work_through(
         StoppedError: storage or access failed for too many images.
         JobError: Ray gave up.
     """
-    _quieten_ray_data()
+    quieten_ray("ray.data")
     context = ray.data.DataContext.get_current()
     # Small blocks between the stages: they bound memory and let inference start early.
     context.target_max_block_size = 32 * 1024 * 1024
@@ -277,17 +278,6 @@ def work_through(
                 raise StoppedError(tally.stop_reason) from None
             raise JobError(f"a worker failed for good: {root_cause(error)}") from error
     return _tally(board)
-
-
-def _quieten_ray_data() -> None:
-    """Keep Ray Data's messages in its log file; what it raises reaches the user through our errors.
-
-    Only handlers of Ray's own making: it also hands its messages to those of others, which have more to tell.
-    """
-    for handler in logging.getLogger("ray.data").handlers:
-        is_rays = type(handler).__module__.startswith("ray.")
-        if is_rays and isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-            handler.setLevel(logging.CRITICAL)
 
 
 def _chunk_row(ranges: Ranges, chunk_rows: int) -> dict[str, Any]:

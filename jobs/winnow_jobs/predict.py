@@ -188,7 +188,7 @@ def predict(
         if not num_images or dry_run:
             status = "dry run" if dry_run else "nothing to do"
             return PredictResult(status, None, ids, num_asked=sum(int(num or 0) for num in num_asked))
-        _check_before_the_start(workspace, models.values())
+        check_before_the_start(workspace, models.values())
         spec = dataclasses.replace(
             spec,
             chunk_rows=max(256, min(8192, int(num_images) // 256)),
@@ -248,7 +248,7 @@ class PredictWork:
         return capacity, partial(execute, spec, workspace.warehouse, run.plan, resources=resources)
 
 
-def _check_before_the_start(workspace: Workspace, models: Iterable[ResolvedModel]) -> None:
+def check_before_the_start(workspace: Workspace, models: Iterable[ResolvedModel]) -> None:
     """What would fail in the workers, found while nothing is begun.
 
     Raises:

@@ -30,6 +30,7 @@ class Progress:
         self.total = total
         self.done = 0
         self.failed = 0
+        self.note = ""
         self._first_done: int | None = None
         self._started = time.monotonic()
         self._logged = time.monotonic()
@@ -56,8 +57,9 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, done: int, failed: int = 0) -> None:
-        """Say how many images are done so far, and how many of them failed."""
+    def update(self, done: int, failed: int = 0, note: str = "") -> None:
+        """Say how many images are done so far, how many of them failed, and what else is worth showing."""
+        self.note = note
         if self._first_done is None and done:
             # The rate counts from the first answer on, so that start-up does not spoil the time left.
             self._first_done, self._started = done, time.monotonic()
@@ -81,6 +83,8 @@ class Progress:
             parts.append("starting")
         if self.failed:
             parts.append(f"{self.failed:,} failed")
+        if self.note:
+            parts.append(self.note)
         return "  ".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""How many workers of which size a predict run gets: planned for the whole graph, from what the cluster has.
+"""How many workers of which size a run gets: planned for the whole graph, from what the cluster has.
 
 Two stages hold CPUs for the whole run (decoding and inference actors); writing and Ray's own small tasks need some
 beside them. Ray waits forever, in silence, when actors leave none. So the actors together take at most three
@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from winnow.config import PredictConfig
+from winnow.config import PredictConfig, TrainConfig
 from winnow.errors import CallError
 
 _CPUS_PER_ACTOR = 8
@@ -142,6 +142,38 @@ def _plan_gpu(nodes: Sequence[Node], num_gpus: int, total: float, config: Predic
         write_cpus=_share(min(0.5, 0.05 * total)),
         total_cpus=total,
     )
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """The size of a training.
+
+    Attributes:
+        num_workers: that train, with ``cpus`` and ``gpus`` each, as Ray accounts for them.
+        num_threads: of torch in each.
+        num_readers: actors that read and decode for each, with ``reader_cpus`` each.
+    """
+
+    num_workers: int
+    cpus: float
+    gpus: float
+    num_threads: int
+    num_readers: int
+    reader_cpus: float
+
+
+def plan_workers(nodes: Sequence[Node], config: TrainConfig) -> WorkerPlan:
+    """A worker per GPU; without any, a worker per node. Half of the CPUs at most train, a quarter reads."""
+    nodes = [node for node in nodes if node.num_cpus > 0]
+    gpus = sum(int(node.num_gpus) for node in nodes)
+    num = config.num_workers or gpus or len(nodes)
+    num = min(num, config.batch_size)
+    cores = sum(node.num_cpus for node in nodes) / num
+    if gpus:
+        share = min(1.0, gpus / num)
+        return WorkerPlan(num, min(1.0, 0.25 * cores), share, 1, max(1, math.floor(0.5 * cores)), min(0.5, 0.2 * cores))
+    threads = max(1, math.floor(min(cores, min(node.num_cpus for node in nodes))))
+    return WorkerPlan(num, _share(0.5 * cores), 0.0, threads, 1, _share(0.25 * cores))
 
 
 def _share(cpus: float) -> float:

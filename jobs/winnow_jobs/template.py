@@ -25,6 +25,7 @@ from winnow.config import (
     SplitsConfig,
     StorageConfig,
     TaskConfig,
+    TrainConfig,
     WarehouseConfig,
 )
 from winnow.errors import CallError
@@ -56,6 +57,7 @@ def template(*, warehouse: str = "./warehouse", storage: str = "") -> str:
         _section("ingest", IngestConfig, {}),
         _section("splits", SplitsConfig, {}),
         _section("predict", PredictConfig, {}),
+        _section("train", TrainConfig, {}),
         _section("select", SelectConfig, {}),
         _section("policies.mixed", PolicyConfig, _MIXED, commented=True),
         _section("review", ReviewConfig, {}),
@@ -141,6 +143,7 @@ def reference() -> str:
         ("[ingest]", IngestConfig),
         ("[splits]", SplitsConfig),
         ("[predict]", PredictConfig),
+        ("[train]", TrainConfig),
         ("[select]", SelectConfig),
         ("[policies.NAME]", PolicyConfig),
         ("[review]", ReviewConfig),

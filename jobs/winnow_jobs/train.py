@@ -1,8 +1,9 @@
-"""``winnow train TASK --head``: a head on the frozen features of the task's starting model.
+"""``winnow train TASK``: from the current labels to a model version.
 
-Labels (``labelled``), claim, features (``features``), fit on the train split, measure on val and test, publish. All in
-the calling process. The labels are written down with the plan, so a training that was cut short is simply done again:
-the same call joins it, and makes the same version.
+Labels (``labelled``), claim, train, measure on val and test, publish. Two ways to train: a whole network on the cluster
+(``training``), which goes on from its last checkpoint when it was cut short; or with ``--head`` a head on frozen
+features (``heads``) in the calling process, which is simply done again. The labels are written down with the plan, so
+the same call joins a run that was cut short, and makes the same version.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from winnow import __version__
 from winnow.errors import CallError, JobError, WinnowError
-from winnow.models.cards import Card, LabelsSnapshot, version_name
+from winnow.models.cards import BASE, Card, Head, LabelsSnapshot, parse_version, version_name
 from winnow.models.references import ResolvedModel, resolve_backbone
 from winnow.splits import SPLITS
 from winnow_connectors.ledger import Plan, Run, digest_of, new_run_id
 from winnow_connectors.registry import train_work
 from winnow_jobs.heads import HeadJob, learn_labels, learn_masks
-from winnow_jobs.labelled import LabelledImages, labelled_images
+from winnow_jobs.labelled import LABELS, LabelledImages, labelled_images
+from winnow_jobs.measuring import left_out_sentences, to_safetensors
+from winnow_jobs.training.spec import FineTuneSpec, WorkersDiedError, make_spec
 
 if TYPE_CHECKING:
     from winnow.config import Kind
@@ -40,7 +43,6 @@ TRAINER = 2
 _READING = ("precision", "scaled_decoding", "max_bytes", "max_pixels")
 """Keys of ``[predict]`` that decide the features."""
 
-_LABELS = "labels.parquet"
 _MAX_ATTEMPTS = 20
 
 
@@ -70,14 +72,23 @@ class TrainResult:
 
 
 def train(
-    workspace: Workspace, task: str, *, head: bool, seed: int = 0, limit_labels: int | None = None
+    workspace: Workspace,
+    task: str,
+    *,
+    head: bool = False,
+    start: str | None = None,
+    seed: int = 0,
+    limit_labels: int | None = None,
 ) -> TrainResult:
-    """Fit a head on the current labels of a task, and publish it as a model version, which answers nothing yet.
+    """Learn from the current labels of a task, and publish a model version, which answers nothing yet.
 
     Args:
         workspace: configuration and warehouse.
         task: its name.
-        head: only a head can be trained so far.
+        head: fit a head on frozen features of the model of winnow.toml, in this process; else a whole network on the
+            cluster, as the section ``[train]`` says.
+        start: the version whose weights a whole network starts from, ``<task>@<n>`` or ``<task>@base``; the one in
+            production by default.
         seed: of whatever is drawn.
         limit_labels: use at most this many labelled images of the train split, drawn by hash.
 
@@ -88,8 +99,8 @@ def train(
         JobError: the features are not finite, or the run was abandoned meanwhile.
     """
     config = workspace.config.task(task)
-    if not head:
-        raise CallError(f"whole networks cannot be trained yet; `winnow train {task} --head` trains a head on {task}")
+    if head and start is not None:
+        raise CallError("--head always starts from the model of winnow.toml; leave out --head or --from")
     if config.kind == "embedding":
         raise CallError(f"{task} is an embedding, which has nothing to learn from labels")
     if limit_labels is not None and limit_labels < 2:
@@ -100,30 +111,40 @@ def train(
     ledger, registry, work = workspace.warehouse.ledger, workspace.warehouse.registry, train_work(task)
     labels = labelled_images(workspace.query_engine(), task, config, limit=limit_labels, seed=seed)
     _check_enough(labels, task, config.kind)
-    backbone = resolve_backbone(config, base_dir=workspace.folder, fetch=workspace.stores.download)
-    plan = {
+    made_of = {
         "task": task,
         "kind": config.kind,
         "classes": list(config.classes or ()),
         "seed": seed,
         "labels": labels.digest(),
-        "backbone": json.loads(backbone.to_json()),
         "reading": {name: getattr(workspace.config.predict, name) for name in _READING},
         "trainer": TRAINER,
     }
-    digest = digest_of({**plan, "backbone": {**plan["backbone"], "location": ""}})
+    plan: dict[str, Any]
+    if head:
+        model = resolve_backbone(config, base_dir=workspace.folder, fetch=workspace.stores.download)
+        plan = {**made_of, "backbone": json.loads(model.to_json())}
+        digest = digest_of({**plan, "backbone": {**plan["backbone"], "location": ""}})
+    else:
+        from winnow_jobs.predict import check_before_the_start
+
+        model = starting_model(workspace, task, start)
+        check_before_the_start(workspace, [model])
+        spec = make_spec(workspace.config, task, model, seed)
+        plan = {**made_of, "training": spec.to_dict()}
+        digest = digest_of({**made_of, "training": spec.digest_source()})
     for _ in range(_MAX_ATTEMPTS):
         # In this order: a version that is published after the look is seen by the claim.
         numbers = ledger.next_numbers([work])
         made = registry.made_from(task, digest)
         if made is not None:
-            return _result(made, "nothing to do", backbone.id, registry.card(made).metrics)
+            return _result(made, "nothing to do", model.id, registry.card(made).metrics)
         run = ledger.join([work], digest)
         if run is not None:
-            logger.info("run %s is open with the same labels; doing it again", run.run_id)
+            logger.info("run %s is open with the same labels; %s", run.run_id, "doing it again" if head else "going on")
             return work_off(workspace, run)
         run_id = new_run_id("train")
-        workspace.warehouse.store.put(f"runs/{run_id}/{_LABELS}", labels.to_parquet())
+        workspace.warehouse.store.put(f"runs/{run_id}/{LABELS}", labels.to_parquet())
         run = ledger.begin(
             Plan(
                 run_id=run_id,
@@ -141,6 +162,8 @@ def train(
         try:
             return work_off(workspace, run)
         except (KeyboardInterrupt, WinnowError) as error:
+            if not head and isinstance(error, KeyboardInterrupt | WorkersDiedError):
+                raise  # the same call goes on from the last checkpoint
             # Or else a training with one label more would be refused; nothing of this run is of use to it.
             ledger.abandon(run, str(error) or "stopped with Ctrl-C")
             raise
@@ -151,8 +174,86 @@ def work_off(workspace: Workspace, run: Run) -> TrainResult:
     """Train what the plan of a run says, and publish it. Raises what ``train`` raises."""
     started = time.monotonic()
     plan = run.plan.config
+    labels = LabelledImages.from_parquet(run.store.get(run.key(LABELS)))
+    trained = _train_whole(workspace, run) if "training" in plan else _train_head(workspace, run, labels)
+    model = trained.model
+    number = dict(run.plan.claims)[train_work(plan["task"])]
+    card = Card(
+        task=plan["task"],
+        version=version_name(plan["task"], number),
+        kind=plan["kind"],
+        architecture=model.architecture,
+        head=trained.head,
+        classes=tuple(plan["classes"]),
+        view=model.view,
+        mean=model.mean,
+        std=model.std,
+        temperature=trained.temperature,
+        metrics=trained.metrics,
+        labels=LabelsSnapshot(digest=plan["labels"], counts=trained.counts),
+        parent=model.id,
+        digest=run.plan.digest,
+        seed=plan["seed"],
+        created_at=datetime.now(UTC).isoformat(),
+        winnow_version=__version__,
+        sha256=hashlib.sha256(trained.weights).hexdigest(),
+        run=run.run_id,
+    )
+    warnings = (*_left_out(plan.get("left_out", {})), *trained.warnings)
+    seconds = {**trained.seconds, "total": time.monotonic() - started}
+    registry = workspace.warehouse.registry
+    summary = {
+        "tasks": [card.task],
+        "counts": {f"images.{split}": count for split, count in trained.num_images.items()},
+        "failures": dict(trained.failures),
+        "seconds": seconds,
+        "verdict": f"{card.version}: {_headline(trained.metrics)}",
+    }
+    if not registry.publish(run, card, trained.weights, summary):
+        outcome = run.close()
+        made = registry.made_from(card.task, run.plan.digest)
+        if outcome["status"] != "finished" or made is None:
+            raise JobError(f"run {run.run_id} was abandoned while it worked: {outcome['summary'].get('verdict')}")
+        return _result(made, "finished", model.id, made.metrics)  # another driver of the same run was faster
+    made = registry.version(card.version)
+    return dataclasses.replace(
+        _result(made, "finished", model.id, trained.metrics),
+        num_images=dict(trained.num_images),
+        warnings=warnings,
+        seconds={name: round(value, 3) for name, value in seconds.items()},
+    )
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What both ways of training end with.
+
+    Attributes:
+        model: that it started from.
+        head: as on the card.
+        weights: a safetensors file.
+        temperature, metrics, counts: as on the card.
+        num_images: that could be used, by split.
+        failures: images left out, by kind of error.
+        warnings: one sentence each.
+        seconds: by stage.
+    """
+
+    model: ResolvedModel
+    head: Head
+    weights: bytes
+    temperature: float
+    metrics: dict[str, Any]
+    counts: dict[str, dict[str, int]]
+    num_images: Mapping[str, int]
+    failures: Mapping[str, int]
+    warnings: list[str]
+    seconds: Mapping[str, float]
+
+
+def _train_head(workspace: Workspace, run: Run, labels: LabelledImages) -> _Trained:
+    plan = run.plan.config
     backbone = ResolvedModel.from_json(json.dumps(plan["backbone"]))
-    labels = LabelledImages.from_parquet(run.store.get(run.key(_LABELS)))
     learn = learn_masks if plan["kind"] == "segmentation" else learn_labels
     job = HeadJob(
         workspace,
@@ -165,52 +266,61 @@ def work_off(workspace: Workspace, run: Run) -> TrainResult:
         workspace.config.predict.model_copy(update=plan["reading"]),
     )
     learned = learn(job)
-    warnings = (*_left_out(plan.get("left_out", {})), *job.warnings())
-    weights = _to_safetensors(job.state | {f"head.{key}": value for key, value in learned.head.state_dict().items()})
-    number = dict(run.plan.claims)[train_work(job.task)]
-    card = Card(
-        task=job.task,
-        version=version_name(job.task, number),
-        kind=job.kind,
-        architecture=backbone.architecture,
+    return _Trained(
+        model=backbone,
         head=learned.head_name,
-        classes=job.classes,
-        view=backbone.view,
-        mean=backbone.mean,
-        std=backbone.std,
+        weights=to_safetensors(job.state | {f"head.{key}": value for key, value in learned.head.state_dict().items()}),
         temperature=learned.temperature,
         metrics=learned.metrics,
-        labels=LabelsSnapshot(digest=plan["labels"], counts=learned.counts),
-        parent=backbone.id,
-        digest=run.plan.digest,
-        seed=job.seed,
-        created_at=datetime.now(UTC).isoformat(),
-        winnow_version=__version__,
-        sha256=hashlib.sha256(weights).hexdigest(),
-        run=run.run_id,
+        counts=learned.counts,
+        num_images=job.num_images,
+        failures=job.failures,
+        warnings=job.warnings(),
+        seconds=job.seconds,
     )
-    seconds = {**job.seconds, "total": time.monotonic() - started}
-    registry = workspace.warehouse.registry
-    summary = {
-        "tasks": [job.task],
-        "counts": {f"images.{split}": count for split, count in job.num_images.items()},
-        "failures": dict(job.failures),
-        "seconds": seconds,
-        "verdict": f"{card.version}: {_headline(learned.metrics)}",
-    }
-    if not registry.publish(run, card, weights, summary):
-        outcome = run.close()
-        made = registry.made_from(job.task, run.plan.digest)
-        if outcome["status"] != "finished" or made is None:
-            raise JobError(f"run {run.run_id} was abandoned while it worked: {outcome['summary'].get('verdict')}")
-        return _result(made, "finished", backbone.id, made.metrics)  # another driver of the same run was faster
-    made = registry.version(card.version)
-    return dataclasses.replace(
-        _result(made, "finished", backbone.id, learned.metrics),
-        num_images=dict(job.num_images),
-        warnings=warnings,
-        seconds={name: round(value, 3) for name, value in seconds.items()},
+
+
+def _train_whole(workspace: Workspace, run: Run) -> _Trained:
+    from winnow_jobs.training.driver import fine_tune
+
+    spec = FineTuneSpec.from_dict(run.plan.config["training"])
+    tuned = fine_tune(workspace, run, spec)
+    return _Trained(
+        model=spec.start,
+        head="pyramid" if spec.is_dense else "linear",
+        weights=tuned.weights,
+        temperature=tuned.temperature,
+        metrics=tuned.metrics,
+        counts=tuned.counts,
+        num_images=tuned.num_images,
+        failures=tuned.failures,
+        warnings=[*tuned.warnings, *left_out_sentences(tuned.failures, tuned.examples)],
+        seconds=tuned.seconds,
     )
+
+
+def starting_model(workspace: Workspace, task: str, version: str | None = None) -> ResolvedModel:
+    """What a whole network starts from: a version, or the model of winnow.toml, with its head if it knows the classes.
+
+    Args:
+        workspace: where.
+        task: its name.
+        version: ``<task>@<n>`` or ``<task>@base``; the one in production by default.
+
+    Raises:
+        CallError: no such version, or a model that cannot be trained.
+    """
+    config = workspace.config.task(task)
+    chosen = version or workspace.warehouse.registry.production(task)
+    if parse_version(chosen)[1] is not None:
+        return workspace.task_model(task, chosen)
+    backbone = resolve_backbone(config, base_dir=workspace.folder, fetch=workspace.stores.download)
+    if config.kind == "classification":
+        try:
+            return workspace.task_model(task, f"{task}@{BASE}")
+        except CallError as error:  # other classes than the task's: a starting point, no answer
+            logger.debug("starting from the backbone alone: %s", error)
+    return backbone
 
 
 def _result(made: Version, status: str, parent: str, metrics: Mapping[str, Any]) -> TrainResult:
@@ -220,7 +330,7 @@ def _result(made: Version, status: str, parent: str, metrics: Mapping[str, Any])
 
 def _headline(metrics: Mapping[str, Any]) -> str:
     test = metrics["test"]
-    for key, name in (("accuracy", "accuracy"), ("mean_iou", "mean IoU")):
+    for key, name in (("accuracy", "accuracy"), ("exact_match", "exact match"), ("mean_iou", "mean IoU")):
         if key in test:
             return f"{name} {test[key]:.3f} on {test['n']:,} images of the test split"
     return "measured on no image of the test split"
@@ -255,9 +365,3 @@ def _left_out(counts: Mapping[str, int]) -> list[str]:
             "measures"
         )
     return said
-
-
-def _to_safetensors(state: Mapping[str, Any]) -> bytes:
-    from safetensors.torch import save
-
-    return save({key: tensor.contiguous() for key, tensor in sorted(state.items())})

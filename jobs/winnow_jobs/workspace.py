@@ -173,11 +173,19 @@ class Workspace:
         asked = Asked(where=where, limit=limit, retry_failures=retry_failures)
         return augment(self, policy, to, asked, num_copies=num_copies, format=format, dry_run=dry_run)
 
-    def train(self, task: str, *, head: bool = False, seed: int = 0, limit_labels: int | None = None) -> TrainResult:
+    def train(
+        self,
+        task: str,
+        *,
+        head: bool = False,
+        start: str | None = None,
+        seed: int = 0,
+        limit_labels: int | None = None,
+    ) -> TrainResult:
         """Make a model version from the current labels of a task; see ``winnow_jobs.train.train``."""
         from winnow_jobs.train import train
 
-        return train(self, task, head=head, seed=seed, limit_labels=limit_labels)
+        return train(self, task, head=head, start=start, seed=seed, limit_labels=limit_labels)
 
     def models(self, task: str | None = None) -> list[Version]:
         """All model versions, by task, the newest first.

@@ -326,6 +326,51 @@ class PredictConfig(_Section):
     fragment_rows: int = Field(0, ge=0, le=1_000_000, description="Images per written file; 0 plans it, up to 20,000.")
 
 
+class TrainConfig(_Section):
+    """How `winnow train` teaches whole networks. `winnow train --head` needs none of it."""
+
+    unfreeze: Literal["head", "last", "all"] = Field(
+        "all",
+        description="What is learned: all weights, the last third of the backbone's blocks and the head, or the head.",
+    )
+    epochs: int = Field(15, ge=1, le=10_000, description="Most times that every image is looked at.")
+    patience: int = Field(
+        5, ge=0, description="Epochs without a better validation loss after which training ends; 0 never ends it early."
+    )
+    batch_size: int = Field(32, ge=1, le=65_536, description="Images per step, of all workers together.")
+    learning_rate: float = Field(3e-4, gt=0, le=1.0, description="Highest learning rate of the backbone.")
+    head_learning_rate: float = Field(3e-3, gt=0, le=1.0, description="Highest learning rate of the head.")
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="How the rates go on after they rose to their highest: fall to nothing, or stay."
+    )
+    weight_decay: float = Field(0.02, ge=0, le=1.0, description="Of AdamW, for all weights but biases and norms.")
+    balance: Literal["none", "weights", "sampling"] = Field(
+        "none",
+        description=(
+            "For rare classes: none, heavier weights in the loss, or images of rare classes more often (not for masks)."
+        ),
+    )
+    augmentation: TaskName = Field(
+        "standard",
+        description=(
+            "Name of an [augmentations.NAME] section, applied to every image anew in every epoch; standard (a random "
+            "crop, mirroring, other light) needs no section, and none leaves images as they are."
+        ),
+    )
+    precision: Precision = Field(
+        "auto", description="One of auto, float32, bfloat16; auto is bfloat16 on GPUs that compute it, else float32."
+    )
+    num_workers: int = Field(0, ge=0, le=4096, description="Training workers; 0 plans one per GPU, or one per node.")
+    checkpoint_s: float = Field(120.0, gt=0, description="Seconds of work that a kill may cost at most.")
+
+    @field_validator("precision")
+    @classmethod
+    def _precision_trains(cls, value: Precision) -> Precision:
+        if value == "float16":
+            raise ValueError("float16 loses small gradients; choose auto, float32 or bfloat16")
+        return value
+
+
 class Config(_Section):
     """The whole of winnow.toml."""
 
@@ -336,6 +381,7 @@ class Config(_Section):
     ingest: IngestConfig = Field(default_factory=IngestConfig)
     splits: SplitsConfig = Field(default_factory=SplitsConfig)
     predict: PredictConfig = Field(default_factory=PredictConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
     select: SelectConfig = Field(default_factory=SelectConfig)
     policies: dict[TaskName, PolicyConfig] = Field(default_factory=dict)
     review: ReviewConfig = Field(default_factory=ReviewConfig)

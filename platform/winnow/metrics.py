@@ -63,6 +63,52 @@ def log_loss(labels_N: Counts, probabilities_NC: NDArray[np.floating[Any]]) -> f
     return float(-np.log(np.clip(of_labels_N, _LEAST, 1.0)).mean())
 
 
+def multilabel_metrics(
+    labels_NC: NDArray[np.bool_], probabilities_NC: NDArray[np.floating[Any]], classes: Sequence[str]
+) -> dict[str, Any]:
+    """Of images that may have several classes; those with a probability of at least 0.5 are answered.
+
+    Share of images of which all classes are right (``exact_match``), macro F1, log-loss (nats, mean over images and
+    classes), per class precision, recall, F1, and average precision, as scikit-learn defines them. Of no images there
+    is only ``n``.
+    """
+    if not len(labels_NC):
+        return {"n": 0}
+    answers_NC = probabilities_NC >= 0.5
+    right_C = (labels_NC & answers_NC).sum(axis=0)
+    labelled_C, answered_C = labels_NC.sum(axis=0), answers_NC.sum(axis=0)
+    f1_C = _ratio(2 * right_C, labelled_C + answered_C)
+    precision_C, recall_C = _ratio(right_C, answered_C), _ratio(right_C, labelled_C)
+    of_labels_NC = np.where(labels_NC, probabilities_NC, 1.0 - probabilities_NC).astype(np.float64)
+    return {
+        "n": len(labels_NC),
+        "exact_match": float((labels_NC == answers_NC).all(axis=1).mean()),
+        "macro_f1": float(np.nanmean(f1_C)) if (labelled_C + answered_C).any() else None,
+        "log_loss": float(-np.log(np.clip(of_labels_NC, _LEAST, 1.0)).mean()),
+        "classes": {
+            name: {
+                "n": int(labelled_C[index]),
+                "precision": _number(precision_C[index]),
+                "recall": _number(recall_C[index]),
+                "f1": _number(f1_C[index]),
+                "average_precision": _number(_average_precision(labels_NC[:, index], probabilities_NC[:, index])),
+            }
+            for index, name in enumerate(classes)
+        },
+    }
+
+
+def _average_precision(labels_N: NDArray[np.bool_], scores_N: NDArray[np.floating[Any]]) -> float:
+    """Mean precision over the images of the class, at the threshold of each; NaN without any."""
+    if not labels_N.any():
+        return float("nan")
+    order = np.argsort(-scores_N, kind="stable")
+    labels_N, scores_N = labels_N[order], scores_N[order]
+    last_N = np.append(np.diff(scores_N) != 0, True)  # images of one score are answered together
+    right_N, answered_N = labels_N.cumsum()[last_N], (np.flatnonzero(last_N) + 1)
+    return float((np.diff(right_N, prepend=0) * (right_N / answered_N)).sum() / labels_N.sum())
+
+
 def segmentation_metrics(confusion_CC: Counts, classes: Sequence[str], num_images: int) -> dict[str, Any]:
     """Mean IoU, pixel accuracy, and per class IoU and labelled pixels, of label maps added up over all images.
 

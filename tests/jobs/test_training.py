@@ -1,0 +1,224 @@
+"""`winnow train`: whole networks by Ray Train; the same by seed, also when killed; left out, refused, measured."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+import workspaces as ws
+from coloured import COLOURS, configure, ingest, labelled
+from winnow.errors import CallError, OpenRunError, StoppedError
+from winnow_connectors.registry import train_work
+from winnow_jobs import Workspace
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+MANY = {"train": 16, "val": 17, "test": 6}
+
+
+def recipe(workspace: Workspace, **values: Any) -> Workspace:
+    """The workspace with a section [train]: quick, unless the test says otherwise."""
+    given = {"epochs": 3, "batch_size": 16, "learning_rate": 0.003, "head_learning_rate": 0.03, **values}
+    text = workspace.config_path.read_text().partition("\n[train]")[0]
+    lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in given.items())
+    workspace.config_path.write_text(f"{text}\n[train]\n{lines}\n")
+    return Workspace(workspace.config_path, num_cpus=2)
+
+
+def sha256(workspace: Workspace, version: str) -> str:
+    return workspace.warehouse.registry.version(version).sha256
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_whole_network_learns_is_measured_and_answers(tmp_path: Path) -> None:
+    workspace = recipe(labelled(tmp_path, splits=MANY), epochs=8, patience=0)
+    made = workspace.train("colour")
+    assert (made.status, made.version) == ("finished", "colour@1")
+    assert dict(made.num_images) == {"train": 48, "val": 51, "test": 18}
+    assert made.metrics["test"]["accuracy"] >= 0.9
+    fit = made.metrics["fit"]
+    assert (fit["epochs"], fit["chosen_by"], fit["precision"]) == (8, "val", "float32")
+    losses = [point["train_loss"] for point in fit["curve"]]
+    assert losses[-1] < 0.5 * losses[0]
+    assert fit["curve"][-1]["val_accuracy"] >= 0.9
+    assert made.metrics["calibration"]["fitted_on"] == "val"
+    card = workspace.warehouse.registry.card(workspace.warehouse.registry.version("colour@1"))
+    assert (card.head, card.classes) == ("linear", tuple(COLOURS))
+    assert card.temperature != 1.0
+    assert card.labels.counts["train"] == dict.fromkeys(COLOURS, 16)
+    # The same labels and seed: nothing to do. Its answers in predict are those that were measured.
+    assert workspace.train("colour").status == "nothing to do"
+    workspace.promote("colour@1", force=True)
+    workspace.predict(tasks=["colour"])
+    right = ws.one(
+        workspace,
+        "SELECT avg((p.label = l.label)::INT) AS accuracy, count(*) AS n FROM latest_predictions AS p JOIN "
+        "current_labels AS l USING (image_id) JOIN current_images USING (image_id) WHERE split = 'test'",
+    )
+    assert (right["n"], right["accuracy"]) == (18, pytest.approx(made.metrics["test"]["accuracy"]))
+    # From the one in production, with its head: it is as good from the first epoch on.
+    again = recipe(workspace, epochs=1).train("colour", seed=1)
+    assert (again.version, again.parent) == ("colour@2", "colour@1")
+    assert again.metrics["fit"]["curve"][0]["train_loss"] < losses[0]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_the_same_seed_gives_the_same_weights_with_two_workers_too(tmp_path: Path) -> None:
+    found = []
+    for name, workers in (("a", 2), ("b", 2), ("c", 1)):
+        (tmp_path / name).mkdir()
+        workspace = recipe(labelled(tmp_path / name, splits=MANY), num_workers=workers, epochs=2)
+        made = workspace.train("colour")
+        assert made.metrics["fit"]["num_workers"] == workers
+        found.append((sha256(workspace, "colour@1"), made.metrics["fit"]["curve"][-1]["train_loss"]))
+    assert found[0] == found[1]
+    # The mean of gradients of halves is that of the whole, up to rounding.
+    assert found[2][1] == pytest.approx(found[0][1], rel=1e-3)
+
+
+def test_a_killed_driver_costs_nothing_and_a_killed_worker_neither(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    options = {"epochs": 4, "patience": 0, "checkpoint_s": 0.001}
+    workspace = recipe(labelled(whole, splits=MANY), **options)
+    workspace.train("colour")
+    expected = sha256(workspace, "colour@1")
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    workspace = recipe(labelled(killed, splits=MANY), **options)
+
+    def checkpoints() -> int:
+        run = workspace.warehouse.ledger.last_claim(train_work("colour"))
+        folder = workspace.folder / "warehouse" / "runs" / (run[1] if run else "-") / "checkpoints"
+        return max((int(path.stem) for path in folder.glob("*.safetensors")), default=0)
+
+    def has_more_than(steps: int, process: Any) -> bool:
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        return checkpoints() > steps
+
+    driver = ws.start(workspace.config_path, "train", "colour", log=tmp_path / "log")
+    ws.wait_until(lambda: has_more_than(1, driver), timeout_s=150, what="a checkpoint")
+    ws.kill_driver(driver)
+    reached = checkpoints()
+    # Another call with other labels is refused while it is open, and says what to do.
+    with pytest.raises(OpenRunError, match="runs abandon"):
+        workspace.train("colour", seed=7)
+    driver = ws.start(workspace.config_path, "train", "colour", log=tmp_path / "log")
+    ws.wait_until(lambda: has_more_than(reached, driver), timeout_s=150, what="a further checkpoint")
+    workers = [
+        process
+        for process in psutil.Process(driver.pid).children(recursive=True)
+        if any("RayTrainWorker" in part for part in process.cmdline())
+    ]
+    assert len(workers) == 1
+    workers[0].kill()
+    assert driver.wait(200) == 0, (tmp_path / "log").read_text()
+    assert "workers died (attempt 1 of 4)" in (tmp_path / "log").read_text()
+    assert sha256(workspace, "colour@1") == expected
+    assert [version.name for version in workspace.models("colour")] == ["colour@1"]
+    assert ws.one(workspace, "SELECT count(*) AS n FROM runs WHERE job = 'train'")["n"] == 1
+
+
+def test_ctrl_c_leaves_the_run_open_for_the_same_call(tmp_path: Path) -> None:
+    workspace = recipe(labelled(tmp_path, splits=MANY), epochs=500, patience=0, checkpoint_s=0.001)
+    process = ws.start(workspace.config_path, "train", "colour", log=tmp_path / "log")
+    ledger = workspace.warehouse.ledger
+
+    def has_checkpoint() -> bool:
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        claimed = ledger.last_claim(train_work("colour"))
+        return claimed is not None and any(workspace.warehouse.store.list(f"runs/{claimed[1]}/checkpoints/"))
+
+    ws.wait_until(has_checkpoint, timeout_s=150, what="a checkpoint")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130, (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text()
+    assert "same command" in said
+    assert "Traceback" not in said
+    assert ledger.open_run(train_work("colour")) is not None
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_images_and_labels_that_cannot_be_used_are_left_out_or_stop_it(tmp_path: Path) -> None:
+    workspace = recipe(labelled(tmp_path, splits=MANY), epochs=1)
+    for split in ("train", "val", "test"):
+        path = next((tmp_path / "images" / split / "red").glob("*.png"))
+        path.write_bytes(path.read_bytes()[:60])
+    ingest(workspace)
+    made = workspace.train("colour")
+    assert dict(made.num_images) == {"train": 47, "val": 50, "test": 17}
+    assert any("3 labelled images could not be used (3 truncated)" in warning for warning in made.warnings)
+    row = ws.one(workspace, f"SELECT failures FROM runs WHERE run_id = '{made.run_id}'")
+    assert dict(row["failures"]) == {"truncated": 3}
+    # Files that vanished are a fault of storage: too many of them stop it, and nothing is published.
+    for path in (tmp_path / "images").rglob("*.png"):
+        path.unlink()
+    with pytest.raises(StoppedError, match="nothing was published"):
+        workspace.train("colour", seed=1)
+    assert [version.name for version in workspace.models("colour")] == ["colour@1"]
+    assert workspace.warehouse.ledger.open_run(train_work("colour")) is None
+
+
+def test_calls_that_cannot_work_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    workspace = recipe(labelled(tmp_path, splits=MANY))
+    with pytest.raises(CallError, match="colour@7 does not exist"):
+        workspace.train("colour", start="colour@7")
+    with pytest.raises(CallError, match="--head always starts from the model"):
+        workspace.train("colour", head=True, start="colour@base")
+    with pytest.raises(CallError, match="augmentation 'stormy' is unknown"):
+        recipe(workspace, augmentation="stormy").train("colour")
+    assert workspace.warehouse.ledger.open_runs() == []
+
+
+# ---------------------------------------------------------------------------------------------------------------- masks
+
+
+def discs(folder: Path, splits: dict[str, int]) -> Workspace:
+    """Bright discs on dark ground, with their masks."""
+    configure(folder)
+    with (folder / "winnow.toml").open("a") as file:
+        file.write(
+            '[tasks.discs]\nkind = "segmentation"\nmodel = "./start.safetensors"\narchitecture = "timm/test_resnet"\n'
+            'classes = ["ground", "disc"]\nsize = 64\n'
+        )
+    rows, number = ["uri,split,mask"], 0
+    for split, num in splits.items():
+        for _ in range(num):
+            random = np.random.default_rng(number)
+            pixels = random.normal(60, 20, (60, 80, 3))
+            y, x = np.mgrid[:60, :80]
+            centre, radius = (random.integers(15, 45), random.integers(15, 65)), random.integers(8, 15)
+            inside = (y - centre[0]) ** 2 + (x - centre[1]) ** 2 < radius**2
+            pixels[inside] += 110
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")
+            Image.fromarray(inside.astype(np.uint8)).save(folder / f"{number}-mask.png")
+            rows.append(f"{folder / f'{number}.png'},{split},{folder / f'{number}-mask.png'}")
+            number += 1
+    (folder / "manifest.csv").write_text("\n".join(rows) + "\n")
+    workspace = Workspace(folder / "winnow.toml")
+    workspace.ingest([str(folder / "manifest.csv")], manifest=True, task="discs")
+    return workspace
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_masks_are_learned_with_the_whole_network(tmp_path: Path) -> None:
+    workspace = recipe(
+        discs(tmp_path, {"train": 24, "val": 8, "test": 8}), epochs=10, batch_size=8, balance="weights", patience=0
+    )
+    made = workspace.train("discs")
+    assert (made.version, dict(made.num_images)) == ("discs@1", {"train": 24, "val": 8, "test": 8})
+    assert made.metrics["test"]["mean_iou"] > 0.6
+    assert made.metrics["calibration"]["fitted_on"] == "pixels of val"
+    card = workspace.warehouse.registry.card(workspace.warehouse.registry.version("discs@1"))
+    assert (card.head, card.labels.counts["train"]) == ("pyramid", {"ground": 24, "disc": 24})
+    workspace.promote("discs@1", force=True)
+    assert workspace.predict(tasks=["discs"]).num_answered == 40
+    with pytest.raises(CallError, match="not for masks"):
+        recipe(workspace, balance="sampling").train("discs", seed=1)
