@@ -237,7 +237,10 @@ def learn_labels(job: HeadJob) -> Learned:
     }
     metrics["fit"] = {
         "l2_strength": fitted.strength,
+        "lda_share": fitted.share,
+        "lda_shrinkage": fitted.shrinkage,
         "chosen_by": chosen_by,
+        "log_loss": fitted.log_loss,
         "log_loss_by_strength": {f"{strength:.4g}": loss for strength, loss in fitted.log_losses.items()},
     }
     counts = {

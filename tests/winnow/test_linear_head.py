@@ -5,7 +5,16 @@ import pytest
 
 from winnow.calibration import expected_calibration_error, fit_temperature
 from winnow.errors import JobError
-from winnow.models.linear_head import STRENGTHS, USUAL_STRENGTH, LinearHead, fit_linear_head
+from winnow.metrics import log_loss
+from winnow.models.linear_head import (
+    SHARES,
+    SHRINKAGES,
+    STRENGTHS,
+    USUAL_STRENGTH,
+    LinearHead,
+    _analyses,
+    fit_linear_head,
+)
 from winnow.uncertainty import softmax
 
 C, D = 3, 8
@@ -61,6 +70,48 @@ def test_the_fit_agrees_with_an_independent_library() -> None:
     theirs = linear_model.LogisticRegression(C=1 / (head.strength * len(labels)), tol=1e-9, max_iter=5000)
     theirs.fit(standard, labels)
     np.testing.assert_allclose(softmax(head.logits(features)), theirs.predict_proba(standard), atol=2e-4)
+
+
+@pytest.mark.parametrize("num", [60, 6])
+def test_the_analysis_agrees_with_an_independent_library(num: int) -> None:
+    """With more images than features, and with fewer."""
+    analysis = pytest.importorskip("sklearn.discriminant_analysis").LinearDiscriminantAnalysis
+    features, labels = clouds(num, spread=3.0)
+    unseen, _ = clouds(90, seed=1, spread=3.0)
+    shrinkages = (0.9, 0.3)
+    for shrinkage, (weight, bias) in zip(
+        shrinkages, _analyses(features, labels, num_classes=C, shrinkages=shrinkages), strict=True
+    ):
+        theirs = analysis(solver="lsqr", shrinkage=shrinkage).fit(features.astype(np.float64), labels)
+        np.testing.assert_allclose(softmax(unseen @ weight.T + bias), theirs.predict_proba(unseen), atol=1e-5)
+
+
+def related(num: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Three classes of many features that vary together, as discriminant analysis assumes it."""
+    random = np.random.default_rng(seed)
+    fixed = np.random.default_rng(7)
+    mixing = fixed.normal(size=(40, 40)) * np.geomspace(3, 0.2, 40)
+    centres = 0.4 * fixed.normal(size=(C, 40)) @ mixing.T
+    labels = np.arange(num) % C
+    return (centres[labels] + random.normal(size=(num, 40)) @ mixing.T).astype(np.float32), labels
+
+
+def test_a_share_of_analysis_is_taken_where_it_helps_and_the_layer_is_what_was_chosen() -> None:
+    features, labels = related(90, seed=0)
+    chooser = related(300, seed=1)
+    head = fit_linear_head(features, labels, C, chooser=chooser)
+    assert head.share in SHARES
+    assert head.shrinkage in SHRINKAGES
+    assert head.log_loss is not None
+    assert head.temperature is not None
+    assert head.log_loss < min(head.log_losses.values())
+    probabilities = softmax(head.logits(chooser[0]) / head.temperature)
+    assert log_loss(chooser[1], probabilities) == pytest.approx(head.log_loss, abs=1e-4)
+    # Too few images to calibrate on: regression alone.
+    few = fit_linear_head(features, labels, C, chooser=(chooser[0][:19], chooser[1][:19]))
+    assert (few.share, few.shrinkage, few.temperature) == (0.0, None, None)
+    # One image of a class each has no spread, and no harm is done.
+    assert np.isfinite(fit_linear_head(features[:3], labels[:3], C, chooser=chooser).weight_CD).all()
 
 
 def test_the_same_again_is_the_same_to_the_last_bit() -> None:
@@ -126,7 +177,8 @@ def test_a_class_without_labels_is_practically_never_answered() -> None:
     features, labels = clouds(90)
     known = labels != 1
     head = fit_linear_head(features[known], labels[known], C, chooser=(features, labels))
-    probabilities = softmax(head.logits(features))
+    assert head.temperature is not None
+    probabilities = softmax(head.logits(features) / head.temperature)
     assert probabilities[:, 1].max() < 1e-4
     assert np.isfinite(probabilities).all()
 

@@ -1,6 +1,6 @@
-"""A linear layer on frozen features: multinomial logistic regression, the same answer whenever it is fitted.
+"""A linear layer on frozen features: logistic regression and discriminant analysis, in shares that other images choose.
 
-Legend: N images, D features, C classes.
+The same answer whenever it is fitted. Legend: N images, D features, C classes, of which K have labels.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,12 +23,21 @@ logger = logging.getLogger(__name__)
 
 Features = NDArray[np.float32]
 Labels = NDArray[np.int64]
+Logits = NDArray[np.float64]
+Layer = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Weight (C, D) and bias (C,)."""
 
 STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(2, -7, -1))
 """L2 strengths that are tried, strongest first: 10 to 0.001."""
 
 USUAL_STRENGTH = 0.1
 """Where nothing can choose; on real photographs the choice was 0.1 or next to it, from 100 labels to 1,751."""
+
+SHRINKAGES = (0.99, 0.97, 0.95, 0.9, 0.8, 0.65, 0.5, 0.35, 0.2)
+"""How far the covariance within classes is shrunk towards a multiple of the identity, strongest first."""
+
+SHARES = (0.25, 0.5, 0.75)
+"""Shares of discriminant analysis that are tried, besides none."""
 
 _ABSENT = 10.0
 """The logit of a class without labels lies this far below the mean of the others, which lies below the highest."""
@@ -47,10 +57,14 @@ class LinearHead:
     Attributes:
         weight_CD: float64.
         bias_C: float64.
-        strength: L2 strength that it was fitted with.
-        log_losses: mean log-loss (nats) by strength tried, on the images that chose; empty where nothing chose.
+        strength: L2 strength of the regression.
+        log_losses: mean log-loss (nats) by strength tried, of calibrated answers on the images that chose; empty where
+            nothing chose.
         temperature: by which logits are to be divided, fitted on the images that chose; None where they were fewer than
             ``calibration.LEAST_IMAGES``.
+        share: of discriminant analysis in the layer, in [0, 1).
+        shrinkage: of its covariance; None where it has no share.
+        log_loss: as above, of the layer itself; None where nothing chose.
     """
 
     weight_CD: NDArray[np.float64]
@@ -58,6 +72,9 @@ class LinearHead:
     strength: float
     log_losses: dict[float, float]
     temperature: float | None = None
+    share: float = 0.0
+    shrinkage: float | None = None
+    log_loss: float | None = None
 
     def logits(self, features_ND: Features) -> NDArray[np.float32]:
         """Float32 (N, C), computed as a network in float32 does, up to rounding."""
@@ -74,19 +91,24 @@ def fit_linear_head(
     folds_N: Labels | None = None,
     on_fit: Callable[[int, int], None] = lambda done, total: None,
 ) -> LinearHead:
-    """The linear layer of least log-loss with an L2 penalty, whose strength other images choose.
+    """The linear layer of least log-loss on other images: logistic regression with a share of discriminant analysis.
 
-    Minimises ``mean log-loss + strength / 2 · Σ weight²`` in float64, by L-BFGS; biases are not penalised. Features are
-    centred and divided by one number, the root of their mean variance, so that a strength means the same for every
-    backbone; both are then folded into the layer. (A divisor for each feature makes much of those that hardly change:
-    .796 instead of .817 right on real photographs.) Hastie, Tibshirani & Friedman, "The Elements of Statistical
-    Learning" (2009), sections 4.4 and 18.4.
+    The regression minimises ``mean log-loss + strength / 2 · Σ weight²`` in float64, by L-BFGS; biases are not
+    penalised. Features are centred and divided by one number, the root of their mean variance, so that a strength means
+    the same for every backbone; both are then folded into the layer. (A divisor for each feature makes much of those
+    that hardly change: .796 instead of .817 right on real photographs.) Hastie, Tibshirani & Friedman, "The Elements of
+    Statistical Learning" (2009), sections 4.4 and 18.4.
+
+    Linear discriminant analysis assumes more, which is of help while labels are few (Ng & Jordan, "On Discriminative
+    vs. Generative Classifiers" (2001)). Both err differently, so their calibrated logits are averaged, which is again a
+    linear layer: the logarithmic opinion pool (Heskes, "Selecting Weighting Factors in Logarithmic Opinion Pools"
+    (1997)). Strength, then shrinkage and share, are those of least log-loss, each with its best temperature.
 
     Args:
         features_ND: of the images to learn from.
         labels_N: their classes; at least two different ones.
         num_classes: C. A class without labels is answered practically never.
-        chooser: features and labels of the images whose log-loss chooses the strength.
+        chooser: features and labels of the images whose log-loss chooses.
         folds_N: without a chooser, number of the fold of each image: every fold is answered by a fit on the others.
         on_fit: told how many fits are done, and of how many.
 
@@ -112,8 +134,87 @@ def _fit(
     folds_N: Labels | None,
     on_fit: Callable[[int, int], None],
 ) -> LinearHead:
+    plans = _plans(features_ND, labels_N, chooser, folds_N)
+    judges_N = np.concatenate([np.empty(0, np.int64), *(plan[3] for plan in plans)])
+    total = len(plans) * len(STRENGTHS) + 1
+    log_losses: dict[float, float] = {}
+    chosen = _Chosen(math.inf, 1.0, np.empty((0, num_classes)))
+    strength = USUAL_STRENGTH
+    regressions = partial(_regressions, num_classes=num_classes, strengths=STRENGTHS)
+    for tried, logits in zip(STRENGTHS, _asked(plans, regressions), strict=False):
+        found = _calibrated(logits, judges_N)
+        log_losses[tried] = found.log_loss
+        on_fit(len(log_losses) * len(plans), total)
+        if found.log_loss < chosen.log_loss:  # of equal losses the stronger penalty
+            strength, chosen = tried, found
+        # Weaker ones would be worse still, and take longest to fit.
+        if len(log_losses) > 2 and chosen.log_loss < min(list(log_losses.values())[-2:]):
+            break
+    share, shrinkage, ratio = 0.0, None, 1.0
+    temperature = chosen.temperature
+    if len(judges_N) >= LEAST_IMAGES:
+        regression = chosen
+        analyses = partial(_analyses, num_classes=num_classes, shrinkages=SHRINKAGES)
+        for tried, logits in zip(SHRINKAGES, _asked(plans, analyses), strict=False):
+            analysis = _calibrated(logits, judges_N)
+            for part in SHARES:
+                found = _calibrated((1 - part) * regression.logits_NC + part * analysis.logits_NC, judges_N)
+                if found.log_loss < chosen.log_loss:
+                    share, shrinkage, chosen = part, tried, found
+                    ratio = regression.temperature / analysis.temperature
+                    temperature = regression.temperature * found.temperature
+    path = [tried for tried in STRENGTHS if tried > strength * 1.01] + [strength]
+    *_, (weight_CD, bias_C) = _regressions(features_ND, labels_N, num_classes=num_classes, strengths=path[-3:])
+    if shrinkage is not None:
+        # Brought to the scale of the regression.
+        ((other_CD, other_C),) = _analyses(features_ND, labels_N, num_classes=num_classes, shrinkages=[shrinkage])
+        weight_CD = (1 - share) * weight_CD + share * ratio * other_CD
+        bias_C = (1 - share) * bias_C + share * ratio * other_C
     present = np.unique(labels_N)
-    plans: list[tuple[Features, Labels, Features, Labels]] = []
+    bias_C[np.setdiff1d(np.arange(num_classes), present)] -= _ABSENT * max(0.0, temperature - 1)
+    on_fit(total, total)
+    logger.info(
+        "linear head: %d images, %d classes, L2 strength %g, share of discriminant analysis %g",
+        len(labels_N),
+        len(present),
+        strength,
+        share,
+    )
+    return LinearHead(
+        weight_CD,
+        bias_C,
+        strength,
+        log_losses,
+        temperature if len(judges_N) >= LEAST_IMAGES else None,
+        share,
+        shrinkage,
+        chosen.log_loss if log_losses else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Logits divided by the temperature, which makes their log-loss the least."""
+
+    log_loss: float
+    temperature: float
+    logits_NC: Logits
+
+
+def _calibrated(logits_NC: Logits, labels_N: Labels) -> _Chosen:
+    temperature = fit_temperature(logits_NC, labels_N)
+    logits_NC = logits_NC / temperature
+    return _Chosen(_log_loss(logits_NC, labels_N), temperature, logits_NC)
+
+
+Plan = tuple[Features, Labels, Features, Labels]
+"""Images that teach, and images that judge."""
+
+
+def _plans(
+    features_ND: Features, labels_N: Labels, chooser: tuple[Features, Labels] | None, folds_N: Labels | None
+) -> list[Plan]:
+    plans: list[Plan] = []
     if chooser is not None:
         plans.append((features_ND, labels_N, *chooser))
     elif folds_N is not None:
@@ -121,55 +222,26 @@ def _fit(
             rest = folds_N != fold
             if len(np.unique(labels_N[rest])) > 1:
                 plans.append((features_ND[rest], labels_N[rest], features_ND[~rest], labels_N[~rest]))
-    total = len(plans) * len(STRENGTHS) + 1
-    judged = _judge(plans, num_classes, lambda done: on_fit(done, total))
-    log_losses = {tried: _log_loss(*answers) for tried, answers in judged.items()}
-    # Of equal losses the stronger penalty: dicts keep the order of STRENGTHS.
-    strength = min(log_losses, key=lambda tried: log_losses[tried]) if log_losses else USUAL_STRENGTH
-    temperature = None
-    if strength in judged and len(judged[strength][1]) >= LEAST_IMAGES:
-        temperature = fit_temperature(*judged[strength])
-    path = [tried for tried in STRENGTHS if tried > strength * 1.01] + [strength]
-    *_, (weight_CD, bias_C) = _path(features_ND, labels_N, num_classes, path[-3:])
-    on_fit(total, total)
-    logger.info("linear head: %d images, %d classes, L2 strength %g", len(labels_N), len(present), strength)
-    return LinearHead(weight_CD, bias_C, strength, log_losses, temperature)
-
-
-def _judge(
-    plans: Sequence[tuple[Features, Labels, Features, Labels]], num_classes: int, on_fit: Callable[[int], None]
-) -> dict[float, tuple[NDArray[np.float64], Labels]]:
-    """Logits and labels of the images that judge, over all plans, by strength, strongest first.
-
-    Ends when two in a row are worse than the best: weaker ones would be worse still, and take longest to fit.
-    """
-    paths = [_path(train_ND, train_N, num_classes, STRENGTHS) for train_ND, train_N, _, _ in plans]
-    # What nobody showed, no strength can make right.
+    # What nobody showed, no fit can make right.
     known = [np.isin(judge_N, train_N) for _, train_N, _, judge_N in plans]
-    judged: dict[float, tuple[NDArray[np.float64], Labels]] = {}
-    if not any(each.any() for each in known):
-        return judged
-    labels_N = np.concatenate([judge_N[each] for each, (_, _, _, judge_N) in zip(known, plans, strict=True)])
-    losses: list[float] = []
-    done = 0
-    for strength in STRENGTHS:
-        logits = []
-        for path, each, (_, _, judge_ND, _) in zip(paths, known, plans, strict=True):
-            weight_CD, bias_C = next(path)
-            logits.append(judge_ND[each] @ weight_CD.T + bias_C)
-            done += 1
-            on_fit(done)
-        judged[strength] = np.concatenate(logits), labels_N
-        losses.append(_log_loss(*judged[strength]))
-        if len(losses) > 2 and min(losses) < min(losses[-2:]):
-            break
-    return judged
+    return [(*plan[:2], plan[2][each], plan[3][each]) for plan, each in zip(plans, known, strict=True) if each.any()]
 
 
-def _path(
-    features_ND: Features, labels_N: Labels, num_classes: int, strengths: Sequence[float]
-) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """Weight and bias for each strength; each fit starts where the one before ended."""
+def _asked(plans: Sequence[Plan], fits: Callable[[Features, Labels], Iterator[Layer]]) -> Iterator[Logits]:
+    """Logits of all images that judge, of one setting after the other."""
+    for layers in zip(*(fits(train_ND, train_N) for train_ND, train_N, _, _ in plans), strict=True):
+        yield np.concatenate(
+            [
+                judge_ND @ weight_CD.T + bias_C
+                for (weight_CD, bias_C), (_, _, judge_ND, _) in zip(layers, plans, strict=True)
+            ]
+        )
+
+
+def _regressions(
+    features_ND: Features, labels_N: Labels, *, num_classes: int, strengths: Sequence[float]
+) -> Iterator[Layer]:
+    """Logistic regression for each strength; each fit starts where the one before ended."""
     mean_D = features_ND.mean(axis=0, dtype=np.float64)
     scale = math.sqrt(features_ND.var(axis=0, dtype=np.float64).mean()) or 1.0
     standard_ND = torch.from_numpy((features_ND - mean_D) / scale)
@@ -181,11 +253,53 @@ def _path(
     for strength in strengths:
         _minimise(standard_ND, targets_N, weight_KD, bias_K, strength)
         weight = weight_KD.detach().numpy() / scale
-        bias = bias_K.detach().numpy() - weight @ mean_D
-        weight_CD = np.tile(weight.mean(axis=0), (num_classes, 1))
-        bias_C = np.full(num_classes, bias.mean() - _ABSENT)
-        weight_CD[present], bias_C[present] = weight, bias
-        yield weight_CD, bias_C
+        yield _with_absent(weight, bias_K.detach().numpy() - weight @ mean_D, present, num_classes)
+
+
+def _analyses(
+    features_ND: Features, labels_N: Labels, *, num_classes: int, shrinkages: Sequence[float]
+) -> Iterator[Layer]:
+    """Linear discriminant analysis for each shrinkage s of the covariance S within classes.
+
+    It becomes ``(1 - s) S + s tr(S) / D I``: Friedman, "Regularized Discriminant Analysis" (1989), for one covariance;
+    Hastie, Tibshirani & Friedman (2009), section 4.3. Solved with as many unknowns as there are images or features,
+    whichever are fewer (Woodbury).
+    """
+    present, classes_N = np.unique(labels_N, return_inverse=True)
+    mean_D = features_ND.mean(axis=0, dtype=np.float64)
+    centred_ND = features_ND - mean_D
+    means_KD = np.stack([centred_ND[classes_N == number].mean(axis=0) for number in range(len(present))])
+    priors_K = np.log(np.bincount(classes_N) / len(classes_N))
+    rest_ND = torch.from_numpy(centred_ND - means_KD[classes_N])
+    num_images, depth = rest_ND.shape
+    spread = float(rest_ND.square().mean()) or 1.0
+    if num_images > depth:
+        rest_ND = torch.linalg.qr(rest_ND, mode="r").R  # the same scatter in fewer rows
+    gram = rest_ND @ rest_ND.T
+    means = torch.from_numpy(means_KD)
+    across = rest_ND @ means.T
+    for shrinkage in shrinkages:
+        ridge = num_images * shrinkage * spread / (1 - shrinkage)
+        factor = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=torch.float64))
+        explained = torch.cholesky_solve(across, factor).T @ rest_ND
+        weight_KD = ((means - explained) / (shrinkage * spread)).numpy()
+        half_K = (weight_KD * means_KD).sum(axis=1) / 2
+        bias_K = priors_K - half_K - weight_KD @ mean_D
+        yield _with_absent(weight_KD, bias_K, present, num_classes, below=_ABSENT * max(1.0, float(half_K.mean())))
+
+
+def _with_absent(
+    weight_KD: NDArray[np.float64],
+    bias_K: NDArray[np.float64],
+    present: Labels,
+    num_classes: int,
+    below: float = _ABSENT,
+) -> Layer:
+    """A layer for all classes; those without labels lie below the mean of the others."""
+    weight_CD = np.tile(weight_KD.mean(axis=0), (num_classes, 1))
+    bias_C = np.full(num_classes, bias_K.mean() - below)
+    weight_CD[present], bias_C[present] = weight_KD, bias_K
+    return weight_CD, bias_C
 
 
 def _minimise(standard_ND: Tensor, targets_N: Tensor, weight_KD: Tensor, bias_K: Tensor, strength: float) -> None:
