@@ -20,6 +20,7 @@ from winnow.config import (
     IngestConfig,
     PolicyConfig,
     PredictConfig,
+    PromotionConfig,
     ReviewConfig,
     SelectConfig,
     SplitsConfig,
@@ -61,6 +62,7 @@ def template(*, warehouse: str = "./warehouse", storage: str = "") -> str:
         _section("select", SelectConfig, {}),
         _section("policies.mixed", PolicyConfig, _MIXED, commented=True),
         _section("review", ReviewConfig, {}),
+        _section("promotion", PromotionConfig, {}),
     ]
     return "\n".join(parts)
 
@@ -147,6 +149,7 @@ def reference() -> str:
         ("[select]", SelectConfig),
         ("[policies.NAME]", PolicyConfig),
         ("[review]", ReviewConfig),
+        ("[promotion]", PromotionConfig),
     ]
     parts = [_REFERENCE_HEAD]
     for name, model in sections:
