@@ -255,7 +255,7 @@ class Audit:
             )
             SELECT i.image_id, i."group", p.label, p.confidence, s.label AS said,
                 s.image_id IS NOT NULL AS answered, k.image_id IS NOT NULL OR h.image_id IS NOT NULL AS given_up
-            FROM current_images AS i JOIN ({_answers(task, model)}) AS p USING (image_id)
+            FROM current_images AS i JOIN ({newest_answers(task, model)}) AS p USING (image_id)
                 LEFT JOIN said AS s USING (image_id) LEFT JOIN skipped AS k USING (image_id)
                 LEFT JOIN hidden AS h USING (image_id)
             WHERE i.audit AND i.parent IS NULL
@@ -274,7 +274,7 @@ class Audit:
         )
 
 
-def _answers(task: str, model: str) -> str:
+def newest_answers(task: str, model: str) -> str:
     """SQL: the model's newest answer to every image."""
     return f"""
         SELECT image_id, label, confidence
@@ -286,7 +286,7 @@ def _answers(task: str, model: str) -> str:
 def _unseen(task: str, model: str) -> str:
     """SQL: current originals outside the reserve without a person's label, with the model's answer."""
     return f"""
-        FROM current_images AS i JOIN ({_answers(task, model)}) AS p USING (image_id)
+        FROM current_images AS i JOIN ({newest_answers(task, model)}) AS p USING (image_id)
         WHERE NOT i.audit AND i.parent IS NULL AND NOT EXISTS (
             FROM current_labels AS c WHERE c.image_id = i.image_id AND c.task = {quoted(task)} AND c.label IS NOT NULL
         )"""

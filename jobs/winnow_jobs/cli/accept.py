@@ -81,7 +81,7 @@ def audit_lines(audit: AuditStatistics) -> list[str]:
         f"95% interval {found.low:.1%} to {found.high:.1%}"
     ]
     if drift is None:
-        return [*lines, "drift: nothing to compare with, this is the first look"]
+        return [*lines, "drift: nothing to compare with yet"]
     if not drift.new.num or not drift.before.num:
         return [*lines, "drift: no audit image is new since the look before"]
     compared = (
