@@ -12,7 +12,8 @@ from html import escape
 
 from markupsafe import Markup
 
-from winnow.audit import CurvePoint, Share
+from winnow.audit import CurvePoint
+from winnow.evaluation import Slice
 from winnow_jobs.report.gather import CalibrationBin, Measured, ModelPoint
 
 WIDTH, HEIGHT = 360, 250
@@ -198,13 +199,13 @@ def learning(points: Sequence[ModelPoint]) -> Markup:
     lowest = min(value if point.low is None else point.low for point, value in shown)
     highest = max(value if point.high is None else point.high for point, value in shown)
     bottom, top = math.floor(lowest * 10) / 10, min(1.0, math.ceil(highest * 10) / 10)
-    top = max(top, bottom + 0.1)
-    num_steps = round((top - bottom) * 10)
-    every = 1 if num_steps <= 6 else 2
+    if top - bottom < 0.15:  # a small difference is to look small
+        bottom, top = max(0.0, bottom - 0.1), min(1.0, top + 0.1)
+    step = 0.05 if top - bottom < 0.35 else 0.1 if top - bottom < 0.65 else 0.2
     plot = Plot((0.0, xs[-1]), (bottom, top))
     measure = shown[0][0].measure
-    ticks = [bottom + step / 10 for step in range(0, num_steps + 1, every)]
-    as_text = _percents(ticks) if measure == "accuracy" else [(value, f"{value:.1f}") for value in ticks]
+    ticks = [bottom + number * step for number in range(int((top - bottom) / step + 1e-6) + 1)]
+    as_text = _percents(ticks) if measure == "accuracy" else [(value, f"{value:.2f}") for value in ticks]
     plot.y_axis(measure, as_text)
     ordered = sorted(shown, key=lambda pair: pair[0].num_labels)
     if len({point.num_labels for point, _ in ordered}) == len(ordered):
@@ -262,17 +263,25 @@ def confusion_map(measured: Measured) -> Markup:
     return _svg(width, height, f"Confusion matrix of {num} classes: label by row, answer by column.", marks, "map")
 
 
-def interval_bar(share: Share, reference: float | None = None) -> Markup:
-    """A share with its interval on a line from 0 to 1, and a reference, for a row of a table."""
+def interval_bar(value: float, low: float, high: float, reference: float | None, bounds: tuple[float, float]) -> Markup:
+    """A value with its interval on a line between the bounds, and a reference, for a row of a table."""
     width, middle = 140, 8
-    place = 4 + (share.value or 0.0) * (width - 8)
-    low, high = (4 + value * (width - 8) for value in (share.low, share.high))
+
+    def at(share: float) -> float:
+        return 4 + (share - bounds[0]) / (bounds[1] - bounds[0]) * (width - 8)
+
     marks = [f'<path class="grid" d="M4 {middle}H{width - 4}"/>']
-    if reference is not None:
-        marks.append(f'<path class="line reference" d="M{4 + reference * (width - 8):.1f} 1V15"/>')
-    marks.append(f'<path class="whisker one" d="M{low:.1f} {middle}H{high:.1f}"/>')
-    marks.append(f'<circle class="dot one" cx="{place:.1f}" cy="{middle}" r="3.5"/>')
+    if reference is not None and bounds[0] <= reference <= bounds[1]:
+        marks.append(f'<path class="line reference" d="M{at(reference):.1f} 1V15"/>')
+    marks.append(f'<path class="whisker one" d="M{at(low):.1f} {middle}H{at(high):.1f}"/>')
+    marks.append(f'<circle class="dot one" cx="{at(value):.1f}" cy="{middle}" r="3.5"/>')
     return Markup(f'<svg class="spark" viewBox="0 0 {width} 16" aria-hidden="true">{"".join(marks)}</svg>')
+
+
+def bounds_of(slices: Sequence[Slice]) -> tuple[float, float]:
+    """Tenths between which all intervals lie."""
+    low, high = min(each.low for each in slices), max(each.high for each in slices)
+    return math.floor(low * 10) / 10, max(math.ceil(high * 10), math.floor(low * 10) + 1) / 10
 
 
 def shorten(text: str, most: int = 18) -> str:

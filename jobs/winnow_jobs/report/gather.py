@@ -7,6 +7,7 @@ for, and is taken from there. No image of the reserve is shown either, because p
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from winnow import __version__
 from winnow.audit import AuditStatistics, CurvePoint, Share
-from winnow.errors import FAILURE_KINDS
+from winnow.errors import FAILURE_KINDS, WinnowError
+from winnow.intervals import wilson
 from winnow.masks import BACKGROUNDS
 from winnow.models.cards import BASE
 from winnow_jobs.accept import newest_answers, statistics_of
@@ -24,11 +26,13 @@ from winnow_jobs.vectors import quoted
 
 if TYPE_CHECKING:
     from winnow.config import Kind
+    from winnow.evaluation import Slice
     from winnow_connectors.query import QueryEngine
     from winnow_connectors.registry import Version
-    from winnow_jobs.evaluate import Slice
     from winnow_jobs.review_status import ReviewStatus
     from winnow_jobs.workspace import Workspace
+
+logger = logging.getLogger(__name__)
 
 NUM_RUNS = 12
 NUM_PICTURES = 12
@@ -42,6 +46,9 @@ _STEPS = 200
 
 _BINS = 15
 """Of the calibration plot."""
+
+_TELLING = frozenset({"folder", "source", "group"})
+"""Columns whose values are names of folders or people's own."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +191,7 @@ class TaskReport:
         histogram: images by confidence, in 20 steps.
         measured: on the test split; None without labels there, and for masks.
         looks: at the audit, the newest first.
-        slices: the worst first; None when they cannot be had.
+        slices: of the test images, the worst first; None when they cannot be told.
         versions: the oldest first.
         least, most: the images that the model is least and most certain of.
         review: None when nothing was ever queued.
@@ -200,7 +207,7 @@ class TaskReport:
     histogram: tuple[int, ...]
     measured: Measured | None
     looks: tuple[Look, ...]
-    slices: tuple[Slice, ...]
+    slices: tuple[Slice, ...] | None
     versions: tuple[ModelPoint, ...]
     least: tuple[Picture, ...] = ()
     most: tuple[Picture, ...] = ()
@@ -331,6 +338,7 @@ def _task(workspace: Workspace, engine: QueryEngine, name: str) -> TaskReport:
     model = _shown_model(engine, name, config.kind, production)
     cells = [] if model is None else _cells(engine, name, config.kind, model)
     least, most = ((), ()) if model is None else _pictures(engine, name, config.kind, model)
+    labels = _labels(engine, name)
     is_class = config.kind == "classification"
     return TaskReport(
         name=name,
@@ -339,11 +347,11 @@ def _task(workspace: Workspace, engine: QueryEngine, name: str) -> TaskReport:
         production=production,
         model=model,
         num_answered=sum(cell.num for cell in cells),
-        labels=_labels(engine, name),
+        labels=labels,
         histogram=_histogram(cells),
         measured=_measured(engine, name, model, cells) if is_class and model is not None else None,
         looks=_looks(workspace, engine, name) if is_class else (),
-        slices=(),
+        slices=_slices(workspace, name) if model is not None and labels.get("test") else (),
         versions=tuple(_point(version) for version in reversed(registry.versions(name))),
         least=least,
         most=most,
@@ -435,7 +443,7 @@ def _measured(engine: QueryEngine, task: str, model: str, cells: Sequence[_Cell]
         inside = [cell for cell in known if cell.bin == number]
         num_inside = sum(cell.num for cell in inside)
         confidence = sum(cell.confidence for cell in inside) / num_inside
-        right = Share.of(sum(cell.num for cell in inside if cell.right), num_inside)
+        right = _share(sum(cell.num for cell in inside if cell.right), num_inside)
         bins.append(CalibrationBin(confidence, right))
         gap += abs(confidence * num_inside - right.num_hits)
     curve: dict[int, CurvePoint] = {}
@@ -444,7 +452,7 @@ def _measured(engine: QueryEngine, task: str, model: str, cells: Sequence[_Cell]
         num_kept = sum(cell.num for cell in kept)
         if num_kept:
             wrong = sum(cell.num for cell in kept if not cell.right)
-            curve[num_kept] = CurvePoint(step / _STEPS, num_kept / num, Share.of(wrong, num_kept))
+            curve[num_kept] = CurvePoint(step / _STEPS, num_kept / num, _share(wrong, num_kept))
     rows = engine.sql(
         f"""
         WITH pairs AS MATERIALIZED (
@@ -472,25 +480,30 @@ def _measured(engine: QueryEngine, task: str, model: str, cells: Sequence[_Cell]
     ).to_pylist()
 
     def part(name: str) -> list[dict[str, Any]]:
-        found = [row for row in rows if row["part"] == name]
-        return sorted(found, key=lambda row: (-row["num"], row["said"] or "", row["label"] or ""))
+        of_part = [row for row in rows if row["part"] == name]
+        return sorted(of_part, key=lambda row: (-row["num"], row["said"] or "", row["label"] or ""))
 
-    labelled, answered, right = (
+    labelled, answered, found = (
         {row["said"]: row["num"] for row in part(name)} for name in ("labelled", "answered", "right")
     )
     every = sorted(labelled.keys() | answered.keys(), key=lambda name: (-labelled.get(name, 0), name))
     return Measured(
-        accuracy=Share.of(sum(cell.num for cell in known if cell.right), num),
+        accuracy=_share(sum(cell.num for cell in known if cell.right), num),
         calibration=tuple(bins),
         ece=gap / num,
         curve=tuple(curve.values()),
         classes=tuple(
-            ClassRow(name, labelled.get(name, 0), answered.get(name, 0), right.get(name, 0)) for name in every
+            ClassRow(name, labelled.get(name, 0), answered.get(name, 0), found.get(name, 0)) for name in every
         ),
         cells={(row["said"], row["label"]): row["num"] for row in part("cell")},
         names=tuple(sorted(row["said"] for row in part("name"))),
         mistakes=tuple((row["said"], row["label"], row["num"]) for row in part("mistake")),
     )
+
+
+def _share(num_hits: int, num: int) -> Share:
+    """With the interval that cards and ``winnow evaluate`` give; that of the audit is exact instead."""
+    return Share(num, num_hits, num_hits / num if num else None, *wilson(num_hits, num))
 
 
 def _labels(engine: QueryEngine, task: str) -> dict[str, int]:
@@ -525,13 +538,25 @@ def _looks(workspace: Workspace, engine: QueryEngine, task: str) -> tuple[Look, 
     )
 
 
+def _slices(workspace: Workspace, task: str) -> tuple[Slice, ...] | None:
+    """The worst slices of the test images. Names of folders are left out: they may tell more than a report should."""
+    from winnow_jobs.evaluate import slices
+
+    try:
+        found = slices(workspace, task)
+    except WinnowError:
+        logger.warning("the slices of %s cannot be told", task, exc_info=True)
+        return None
+    return tuple(each for each in found if each.column not in _TELLING)
+
+
 def _point(version: Version) -> ModelPoint:
     metrics = version.metrics
     split = "test" if metrics.get("test", {}).get("n") else "val"
-    found = metrics.get(split, {})
+    found: dict[str, Any] = metrics.get(split, {})
     num = int(found.get("n") or 0)
     accuracy, mean_iou = found.get("accuracy"), found.get("mean_iou")
-    share = None if accuracy is None else Share.of(round(accuracy * num), num)
+    share = None if accuracy is None else _share(round(accuracy * num), num)
     key = "f1" if accuracy is not None else "iou"
     return ModelPoint(
         name=version.name,
@@ -540,8 +565,8 @@ def _point(version: Version) -> ModelPoint:
         split=split,
         value=accuracy if accuracy is not None else mean_iou,
         num_measured=num,
-        low=share and share.low,
-        high=share and share.high,
+        low=None if share is None else share.low,
+        high=None if share is None else share.high,
         classes={name: row.get(key) for name, row in (found.get("classes") or {}).items()},
         production=version.production,
     )

@@ -13,11 +13,13 @@ from winnow.audit import CurvePoint, Drift
 from winnow.masks import BACKGROUNDS
 from winnow.palette import class_colours
 from winnow_jobs.report import charts
-from winnow_jobs.report.gather import Measured, Report, TaskReport
+from winnow_jobs.report.gather import Measured, ModelPoint, Report, TaskReport
 from winnow_jobs.report.pictures import Thumbnail, classes_of
 
 MAX_TABLE = 12
 """Classes of a confusion matrix whose numbers fit into a table; more are drawn as a map."""
+
+MAX_SLICES = 12
 
 MAX_CLASSES = 60
 """Rows of the table of classes."""
@@ -53,10 +55,12 @@ def render(report: Report, thumbnails: Mapping[tuple[str, str], Thumbnail], *, i
         calibration_says=_calibration_says,
         coverage_curves=_coverage_curves,
         drift_says=_drift_says,
+        versions_say=_versions_say,
         sheet_says=_sheet_says,
         row_total=_row_total,
         MAX_TABLE=MAX_TABLE,
         MAX_CLASSES=MAX_CLASSES,
+        MAX_SLICES=MAX_SLICES,
     )
 
 
@@ -78,8 +82,8 @@ def _decimal(value: float | None) -> str:
 
 
 def _hours(value: float | None) -> str:
-    if value is None:
-        return "–"
+    if not value:
+        return "–" if value is None else "none"
     return f"{60 * value:.0f} min" if value < 1 else f"{value:,.1f} h"
 
 
@@ -121,7 +125,8 @@ def _headline(task: TaskReport) -> str:
     elif look is not None:
         share, where = look.accuracy, "images of the blind audit"
     elif last is not None:
-        return f"{task.name}: {last.name} has a {last.measure} of {last.value:.3f} on {last.num_measured:,} images."
+        on = f"{last.num_measured:,} images of the split {last.split}"
+        return f"{task.name}: {last.name} has a {last.measure} of {last.value:.3f} on {on}."
     else:
         return f"{task.name}: {task.num_answered:,} images are answered; how well, no labels tell yet."
     return (
@@ -145,6 +150,15 @@ def _calibration_says(measured: Measured) -> str:
         f"On the test split the model is {side}: mean confidence {charts.percent(mean)}, right "
         f"{charts.percent(measured.accuracy.value)}. Expected calibration error {measured.ece:.3f}."
     )
+
+
+def _versions_say(versions: Sequence[ModelPoint]) -> str:
+    """First and last measured version."""
+    said = [
+        f"{each.name} learned from {each.num_labels:,} images: {each.measure} {each.value:.3f}"
+        for each in (versions[0], versions[-1])
+    ]
+    return f"{said[0]}. {said[1]}."
 
 
 def _coverage_curves(task: TaskReport) -> list[tuple[str, Sequence[CurvePoint], str]]:
