@@ -91,7 +91,9 @@ def check_ray(shared_data: Path) -> Callable[[Document], None]:
             schemas[key]["properties"]["metadata"] = {"type": "object"}
 
     def check(doc: Document) -> None:
-        jsonschema.validate(doc, schemas[doc["apiVersion"], doc["kind"]])
+        # Their message alone: an error as a whole prints the schema, which takes minutes.
+        errors = jsonschema.Draft7Validator(schemas[doc["apiVersion"], doc["kind"]]).iter_errors(doc)
+        assert [error.message for error in errors] == []
 
     return check
 
@@ -122,11 +124,11 @@ def test_a_wrong_resource_of_kuberay_is_found(check_ray: Callable[[Document], No
     mistyped["spec"]["workerGroupSpecs"][0]["maxReplicas"] = "8"
     deep["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMount"] = []
     for wrong, name in ((unknown, "workerGroupSpec"), (mistyped, "'8'"), (deep, "volumeMount")):
-        with pytest.raises(jsonschema.ValidationError, match=name):
+        with pytest.raises(AssertionError, match=name):
             check_ray(wrong)
     job = of_kind("RayJob")
     job["spec"]["entryPoint"] = job["spec"].pop("entrypoint")
-    with pytest.raises(jsonschema.ValidationError, match="entryPoint"):
+    with pytest.raises(AssertionError, match="entryPoint"):
         check_ray(job)
 
 
