@@ -117,6 +117,12 @@ class Run:
     def num_stops(self) -> int:
         return sum(1 for _ in self.store.list(self.key("stops/")))
 
+    def stop_reasons(self) -> list[str]:
+        """Why the run was stopped, in the order of its stops."""
+        keys = [info.key for info in self.store.list(self.key("stops/"))]
+        in_order = sorted(keys, key=lambda key: int(key.rpartition("/")[2].removesuffix(".json")))
+        return [json.loads(self.store.get(key))["reason"] for key in in_order]
+
     def stop(self, generation: int, reason: str) -> None:
         """Record that access or storage failed for too many images.
 
@@ -305,6 +311,8 @@ class Ledger:
                 logger.info("run %s lost %s to another run", run.run_id, work)
                 self.abandon(run, "another run claimed the same work first")
                 return False
+        # The attributes tell a log of JSON lines which run the lines after this one belong to.
+        logger.info("run %s has the work to itself", run.run_id, extra={"run_id": run.run_id, "job": run.plan.job})
         return True
 
     def abandon(self, run: Run, reason: str) -> dict[str, Any]:

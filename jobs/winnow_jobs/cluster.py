@@ -35,6 +35,7 @@ def ray_cluster(*, num_cpus: int | None = None) -> Iterator[list[Node]]:
     # Ray's own chatter goes to its session's log files; what matters reaches the user through our errors.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a Ray of ours reports to nobody
     import ray
 
     ours = not ray.is_initialized()

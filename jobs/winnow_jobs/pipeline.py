@@ -10,7 +10,7 @@ import re
 import resource
 import secrets
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,13 +20,14 @@ import ray.data
 from ray.data import ActorPoolStrategy, Datasink
 from ray.exceptions import RayError
 
-from winnow.batches import Ranges, num_positions, split_ranges
+from winnow.batches import Ranges, add_up, num_positions, split_ranges
 from winnow.errors import JobError, StoppedError
 from winnow_connectors.ledger import Plan
 from winnow_connectors.object_store import ObjectStores
 from winnow_connectors.warehouse import Warehouse
 from winnow_jobs.augment import AugmentSpec, CopyWriter, MakeCopies
 from winnow_jobs.cluster import quieten_ray
+from winnow_jobs.metrics import RunMetrics
 from winnow_jobs.resources import ResourcePlan
 from winnow_jobs.spec import PredictSpec, ReadSpec
 from winnow_jobs.stages import AnswerWriter, BatchWriter, FetchDecode, Infer
@@ -39,13 +40,15 @@ _POLL_S = 0.5
 
 @dataclass
 class Tally:
-    """What the workers have reported so far in this execution."""
+    """What the workers have reported so far in this execution; ``counts`` and ``seconds`` as markers have them."""
 
     read: int = 0
     failed: int = 0
     systemic: int = 0
     answered: int = 0
     written: int = 0
+    counts: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
     stop_reason: str | None = None
     peak_bytes: dict[str, int] = field(default_factory=dict)
 
@@ -57,10 +60,11 @@ class Board:
         self._max_failure_share = max_failure_share
         self._tally = Tally()
 
-    def report(self, worker: str, peak_bytes: int, counts: dict[str, int]) -> str | None:
+    def report(self, worker: str, peak_bytes: int, counts: dict[str, int | Mapping[str, float]]) -> str | None:
         tally = self._tally
         for name, value in counts.items():
-            setattr(tally, name, getattr(tally, name) + value)
+            so_far = getattr(tally, name)
+            setattr(tally, name, add_up([so_far, value]) if isinstance(value, Mapping) else so_far + value)
         tally.peak_bytes[worker] = max(peak_bytes, tally.peak_bytes.get(worker, 0))
         share = tally.systemic / max(1, tally.read)
         if tally.stop_reason is None and tally.read >= _MIN_READ_TO_STOP and share > self._max_failure_share:
@@ -80,7 +84,7 @@ class Reporter:
     def __init__(self, board: Any) -> None:
         self._board = board
 
-    def __call__(self, **counts: int) -> str | None:
+    def __call__(self, **counts: int | Mapping[str, float]) -> str | None:
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         worker = ray.get_runtime_context().get_worker_id()
@@ -269,15 +273,26 @@ def work_through(
     chunks = [_chunk_row(ranges, spec.chunk_rows) for ranges in split_ranges(missing, chunk=spec.chunk_rows)]
     dataset = stages(ray.data.from_items(chunks, override_num_blocks=len(chunks)), len(chunks), board)
     sink = _BatchSink(writer, spec, warehouse, plan, board, attempt=secrets.token_hex(8), generation=generation)
-    with _watch(board, on_progress):
-        try:
-            dataset.write_datasink(sink, ray_remote_args={"num_cpus": write_cpus})
-        except RayError as error:
-            tally = _tally(board)
-            if tally.stop_reason:
-                raise StoppedError(tally.stop_reason) from None
-            raise JobError(f"a worker failed for good: {root_cause(error)}") from error
-    return _tally(board)
+    metrics = RunMetrics(plan.job, num_positions(missing))
+
+    def watched(tally: Tally) -> None:
+        metrics.update(tally)
+        on_progress(tally)
+
+    try:
+        with _watch(board, watched):
+            try:
+                dataset.write_datasink(sink, ray_remote_args={"num_cpus": write_cpus})
+            except RayError as error:
+                tally = _tally(board)
+                if tally.stop_reason:
+                    raise StoppedError(tally.stop_reason) from None
+                raise JobError(f"a worker failed for good: {root_cause(error)}") from error
+        tally = _tally(board)
+        metrics.update(tally)
+        return tally
+    finally:
+        metrics.close()
 
 
 def _chunk_row(ranges: Ranges, chunk_rows: int) -> dict[str, Any]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from winnow.batches import num_positions
+from winnow.batches import add_up, num_positions
 from winnow.errors import CallError
 from winnow.schemas import TABLES
+from winnow_connectors.ledger import Run
 
 if TYPE_CHECKING:
     from winnow_connectors.registry import Move
@@ -46,7 +48,7 @@ def list_runs(workspace: Workspace) -> pa.Table:
     return table.sort_by([("started_at", "descending")])
 
 
-def _open_row(run: Any) -> dict[str, Any]:
+def _open_row(run: Run) -> dict[str, Any]:
     selection = run.select()
     asked = run.plan.config.get("num_asked", {})
     done = run.plan.num_planned - num_positions(selection.missing)
@@ -65,22 +67,54 @@ def _open_row(run: Any) -> dict[str, Any]:
 
 
 def show_run(workspace: Workspace, run_id: str) -> dict[str, Any]:
-    """Everything known of one run.
+    """The story of one run: its row in ``runs`` and, under ``examples``, some failures of every kind.
+
+    An open run has no row yet: counts, failures and seconds are those of all batches that were written, also of those
+    that a stop made void, and ``stops`` says why it stopped, each time it did.
 
     Raises:
         CallError: no such run.
     """
     workspace.warehouse.check()
     run = workspace.warehouse.ledger.load(run_id)
-    if run.outcome() is not None:
-        run.close()
-        rows = workspace.warehouse.tables.dataset("runs").to_table().filter(pc.field("run_id") == run_id)
-        row: dict[str, Any] = rows.to_pylist()[0]
-        for name in ("counts", "failures", "seconds"):
-            row[name] = dict(row[name] or [])
-        return row
+    if run.outcome() is None:
+        return _open_story(run)
+    run.close()
+    rows = workspace.warehouse.tables.dataset("runs").to_table(filter=pc.field("run_id") == run_id)
+    row: dict[str, Any] = rows.to_pylist()[0]
+    for name in ("counts", "failures", "seconds"):
+        row[name] = dict(row[name] or [])
+    row["examples"] = workspace.query(_EXAMPLES.format(run_id=run_id)).to_pylist() if row["num_failed"] else []
+    return row
+
+
+_EXAMPLES = """
+    WITH failed AS (
+        SELECT error, stage, task, image_id, message,
+               row_number() OVER (PARTITION BY error ORDER BY image_id, task) AS n
+        FROM outcomes WHERE run = '{run_id}' AND status = 'failed'
+    )
+    SELECT error, stage, task, max(uri) AS uri, max(message) AS message
+    FROM failed LEFT JOIN images USING (image_id) WHERE n <= 3
+    GROUP BY error, stage, task, image_id, n ORDER BY error, n
+"""
+
+
+def _open_story(run: Run) -> dict[str, Any]:
     plan = run.plan
-    return {**_open_row(run), "digest": plan.digest, "host": plan.host, "code_version": plan.code_version}
+    markers = list(run.markers())
+    counts = {key: int(count) for key, count in add_up([marker.counts for marker in markers]).items()}
+    return {
+        **_open_row(run),
+        "config": json.dumps(plan.config, sort_keys=True),
+        "digest": plan.digest,
+        "code_version": plan.code_version,
+        "host": plan.host,
+        "counts": counts,
+        "failures": {kind: count for key, count in counts.items() if (kind := key.removeprefix("error.")) != key},
+        "seconds": add_up([marker.seconds for marker in markers]),
+        "stops": run.stop_reasons(),
+    }
 
 
 def resume(

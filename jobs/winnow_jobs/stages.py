@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from winnow.models.predictors import Predictor
 
 Report = Callable[..., str | None]
-"""Called with ``read=``, ``failed=``, ``systemic=`` or ``answered=`` counts; answers the reason to stop, if any."""
+"""Told what was done since the last call, as ``pipeline.Tally`` names it; answers the reason to stop, if any."""
 
 _META: tuple[tuple[str, pa.DataType], ...] = (
     ("position", pa.int64()),
@@ -368,7 +368,7 @@ class BatchWriter:
             seconds=seconds,
         )
         self._run.mark(marker)
-        reason = self._report(written=table.num_rows)
+        reason = self._report(written=table.num_rows, counts=marker.counts, seconds=marker.seconds)
         if reason:
             raise StoppedError(reason)
         return marker

@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 the job failed, 2 the call was wrong, 130 stopped with Ctr
 from __future__ import annotations
 
 import importlib
-import logging
 import sys
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ import click
 
 from winnow import __version__
 from winnow.errors import WinnowError
+from winnow_jobs import logs
 
 _COMMANDS = {
     "init": "Write a commented winnow.toml and create the warehouse.",
@@ -85,16 +85,19 @@ class _Group(click.Group):
     help="The configuration file.",
 )
 @click.option("-v", "--verbose", count=True, help="Log more; twice for debugging.")
+@click.option(
+    "--log-format",
+    type=click.Choice(logs.FORMATS),
+    default="text",
+    envvar="WINNOW_LOG_FORMAT",
+    show_default=True,
+    help="json: one object per line on standard error, with run_id and job.",
+)
 @click.version_option(__version__, prog_name="winnow")
 @click.pass_context
-def cli(ctx: click.Context, config_path: Path, verbose: int) -> None:
+def cli(ctx: click.Context, config_path: Path, verbose: int, log_format: str) -> None:
     """Winnow turns a bucket of images into tables that anyone can query."""
-    level = [logging.INFO if not sys.stderr.isatty() else logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)]
-    logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
-    for name in ("winnow", "winnow_connectors", "winnow_jobs"):
-        logging.getLogger(name).setLevel(level)
+    logs.configure(log_format, verbose)
     ctx.obj = Call(config_path)
 
 
@@ -106,9 +109,9 @@ def main() -> None:
         error.show()
         code = 2
     except (click.Abort, KeyboardInterrupt):
-        click.echo("\nwinnow: stopped; nothing half-done is visible. Run the same command to continue.", err=True)
+        logs.say_last("stopped; nothing half-done is visible. Run the same command to continue.", lead="\n")
         code = 130
     except WinnowError as error:
-        click.echo(f"winnow: {error}", err=True)
+        logs.say_last(str(error))
         code = error.exit_code
     sys.exit(code if isinstance(code, int) else 0)

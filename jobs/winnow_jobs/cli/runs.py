@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -42,16 +43,15 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.
 @_json_option
 @click.pass_obj
 def show(call: Call, run_id: str, as_json: bool) -> None:
-    """Everything known of one run: counts, failures, seconds by stage, verdict."""
+    """The story of one run: counts, failures with examples, seconds by stage, verdict, configuration."""
+    from winnow_jobs.cli.output import print_lines
     from winnow_jobs.runs import show_run
 
     row = show_run(call.workspace, run_id)
     if as_json:
         click.echo(json.dumps(row, default=str))
-        return
-    for name, value in row.items():
-        if value not in (None, {}, []):
-            click.echo(f"{name:18} {_plain(value)}")
+    else:
+        print_lines(story(row))
 
 
 @command.command(epilog="Example: winnow runs resume 20260131-094512-predict-1f0c9a")
@@ -102,11 +102,45 @@ def abandon(call: Call, run_id: str, as_json: bool) -> None:
         click.echo(f"run {run_id} was published before it could be abandoned: it is {status}")
 
 
-def _plain(value: Any) -> str:
+def story(row: Mapping[str, Any]) -> list[str]:
+    """What ``show_run`` tells, for people."""
+    lines = [
+        f"run {row['run_id']}: {row['job']}, {row['status']}",
+        f"started   {row['started_at']:%Y-%m-%d %H:%M:%S} UTC on {row['host']}, winnow {row['code_version']}",
+    ]
+    if finished := row.get("finished_at"):
+        lines.append(f"finished  {finished:%Y-%m-%d %H:%M:%S} UTC")
+    lines += [f"stopped   {reason}" for reason in row.get("stops", ())]
+    totals = [f"{row[f'num_{name}']:,} {name}" for name in ("asked", "answered", "failed") if row.get(f"num_{name}")]
+    lines += [", ".join(totals)] if totals else []
+    by_task = {key: count for key, count in row["counts"].items() if not key.startswith("error.")}
+    lines += _section("counts", [f"{key:24} {count:>12,}" for key, count in sorted(by_task.items())])
+    failures = []
+    for kind, count in sorted(row["failures"].items(), key=lambda item: (-item[1], item[0])):
+        failures.append(f"{count:>9,}  {kind}")
+        failures += [_example(example) for example in row.get("examples", ()) if example["error"] == kind]
+    lines += _section("failures", failures)
+    lines += _section("seconds", [f"{stage:24} {spent:>12,.2f}" for stage, spent in sorted(row["seconds"].items())])
+    if row.get("peak_memory_bytes"):
+        lines.append(f"peak memory of all workers: {row['peak_memory_bytes'] / 1e9:,.1f} GB")
+    lines += _section("configuration", _settings("", json.loads(row["config"])))
+    return [*lines, f"verdict: {row['verdict']}"] if row.get("verdict") else lines
+
+
+def _example(failed: Mapping[str, Any]) -> str:
+    where = f"{failed['uri'] or failed['image_id']} ({failed['task']}, {failed['stage']})"
+    return f"{'':11}{where}: {failed['message']}"
+
+
+def _section(title: str, lines: Sequence[str]) -> list[str]:
+    return [f"{title}:", *(f"  {line}" for line in lines)] if lines else []
+
+
+def _settings(prefix: str, value: Any) -> list[str]:
+    """What was set, one ``dotted.key value`` each; long lists are counted."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_plain(entry)}" for key, entry in sorted(value.items()))
-    if isinstance(value, float):
-        return f"{value:,.2f}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return str(value)
+        return [line for key, entry in value.items() for line in _settings(f"{prefix}.{key}".lstrip("."), entry)]
+    if value in (None, "", []):
+        return []
+    shown = f"{len(value):,} values" if isinstance(value, list) and len(value) > 8 else json.dumps(value)
+    return [f"{prefix} {shown}"]
