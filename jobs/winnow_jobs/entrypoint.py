@@ -1,8 +1,8 @@
 """What a submitted job runs on the cluster: ``python -m winnow_jobs.entrypoint RETRIES ARGUMENTS…``.
 
-It runs the ``winnow`` command, and again when its process was killed or the job failed, as often as RETRIES allows. That
-is safe: a job that is run again continues where it was. A wrong call (exit code 2), Ctrl-C and `winnow jobs stop` end it.
-It lives on the cluster, so that the machine that submitted the job may go away.
+It runs the ``winnow`` command, and again when its process was killed or the job failed, as often as RETRIES allows.
+That is safe: a job that is run again continues where it was. A wrong call (exit code 2), Ctrl-C and `winnow jobs stop`
+end it. It lives on the cluster, so that the machine that submitted the job may go away.
 """
 
 from __future__ import annotations

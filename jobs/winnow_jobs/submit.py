@@ -186,8 +186,8 @@ class Cluster:
 
     def _check_reachable(self) -> None:
         """One message at once: Ray's client sets no time limit."""
-        parts = urlsplit(self.address if "://" in self.address else f"http://{self.address}")
         try:
+            parts = urlsplit(self.address if "://" in self.address else f"//{self.address}")
             host, port = parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
         except ValueError:
             host, port = None, None
@@ -311,8 +311,8 @@ def _check_paths(config: Config, folder: Path) -> list[Path]:
     checkpoints = []
     if "://" not in (uri := config.warehouse.uri) and not Path(uri).expanduser().is_absolute():
         faults.append(
-            f"  warehouse.uri = {uri!r}: a folder of this machine, which the cluster does not see; give an object store, "
-            "or an absolute path that all nodes share"
+            f"  warehouse.uri = {uri!r}: a folder of this machine, which the cluster does not see; give an object "
+            "store, or an absolute path that all nodes share"
         )
     for name, storage in config.storage.items():
         file = storage.credentials_file

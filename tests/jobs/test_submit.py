@@ -86,7 +86,7 @@ class TestOnACluster:
     def test_a_submitted_job_looks_as_it_does_here_and_tells_no_secret(self, desk: Desk, cluster: RayCluster) -> None:
         ws.fill(desk.workspace, f"s3://{desk.bucket}/images", 20)
         done = desk.winnow("submit", "ingest", f"s3://{desk.bucket}/images")
-        assert done.stdout.startswith("listed      20\nadded       20\n"), done.stdout
+        assert done.stdout.startswith("listed     20\nadded      20\n"), done.stdout
         assert done.stderr.startswith("winnow: job winnow-ingest-"), done.stderr
 
         done = desk.winnow("submit", "predict", "--json")
@@ -230,7 +230,7 @@ def _drivers(cluster: RayCluster) -> list[psutil.Process]:
     return found
 
 
-# ----------------------------------------------------------------------------------------------------- without a cluster
+# ---------------------------------------------------------------------------------------------------- without a cluster
 
 
 @pytest.fixture
