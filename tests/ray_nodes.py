@@ -128,6 +128,20 @@ class Node:
                 found.append(psutil.Process(pid))
         return found
 
+    def titled(self, *words: str) -> list[psutil.Process]:
+        """Its processes whose command line holds all the words."""
+        found = []
+        for process in self.family():
+            with contextlib.suppress(psutil.Error):
+                line = " ".join(process.cmdline())
+                if all(word in line for word in words):
+                    found.append(process)
+        return found
+
+    def drivers(self) -> list[psutil.Process]:
+        """Its processes that run a submitted command; with --retries also the one above that runs it again."""
+        return self.titled("-m winnow_jobs.entrypoint")
+
     def kill(self) -> None:
         """As a power cut would end the machine."""
         for _ in range(20):

@@ -44,7 +44,7 @@ _ENDING_TIMEOUT_S = 60.0
 _PACKAGES = ("winnow", "winnow_connectors", "winnow_jobs")
 _MARK = "winnow_command"
 """Key of a job's metadata: the command line. What has it was submitted by Winnow."""
-_RAYS_LINE = re.compile(r"Running entrypoint for job |\S+ \S+\tINFO job_manager\.py:")
+_RAYS_LINE = re.compile(r"Running entrypoint for job |\S+ \S+\tINFO job_manager\.py:|\[[^]]+\] logging\.cc:")
 _ENDED = {"SUCCEEDED", "FAILED", "STOPPED"}
 
 
@@ -93,8 +93,8 @@ class Cluster:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         from ray.job_submission import JobSubmissionClient
 
-        for module in ("dashboard_sdk", "job.sdk"):
-            logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
+        for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         # Ray lets this variable win over the address that its client is called with.
         os.environ["RAY_API_SERVER_ADDRESS"] = self.address
         with self._told():

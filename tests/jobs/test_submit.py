@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import psutil
 import pytest
 
 import workspaces as ws
@@ -32,7 +30,7 @@ from winnow_jobs.ports import find_free_port
 ROOT = Path(__file__).resolve().parents[2]
 SECRETS = {"AWS_SECRET_ACCESS_KEY": "s3cr3t-of-the-desk", "LABEL_STUDIO_API_KEY": "t0ken-of-the-desk"}
 
-on_a_cluster = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(300)]
+on_a_cluster = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +58,7 @@ class Desk:
             env=self.environment | environment,
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=300,
             check=False,
         )
         assert code is None or done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -155,14 +153,14 @@ class TestOnACluster:
         desk.workspace.ingest([f"s3://{desk.bucket}/images"])
         log = desk.folder / "log.txt"
         following = ws.start(desk.workspace.config_path, "submit", "predict", log=log, env=desk.environment)
-        ws.wait_until(lambda: bool(_drivers(cluster)), timeout_s=60, what="the driver on the cluster")
+        ws.wait_until(lambda: bool(cluster.nodes[0].drivers()), timeout_s=120, what="the driver on the cluster")
         following.send_signal(signal.SIGINT)
         assert following.wait(30) == 130
         assert "the job goes on" in log.read_text()
         job_id = log.read_text().split("winnow: job ")[1].split()[0]
         assert f"winnow jobs logs {job_id} --follow" in log.read_text()
 
-        ws.wait_until(lambda: ws.num_markers(desk.workspace) >= 1, timeout_s=120, what="a written batch")
+        ws.wait_until(lambda: ws.num_markers(desk.workspace) >= 1, timeout_s=240, what="a written batch")
         assert json.loads(desk.winnow("jobs", "status", job_id, "--json").stdout)["status"] == "RUNNING"
         assert "is asked to stop" in desk.winnow("jobs", "stop", job_id).stdout
         stopped = desk.winnow("jobs", "logs", job_id, "--follow", code=130)
@@ -171,10 +169,10 @@ class TestOnACluster:
 
         again = desk.winnow("submit", "predict", "--retries", "1", "--detach").stdout.strip()
         ws.wait_until(
-            lambda: len(_drivers(cluster)) == 2, timeout_s=60, what="the driver below the one that watches it"
+            lambda: len(cluster.nodes[0].drivers()) == 2, timeout_s=120, what="the driver below the one that watches it"
         )
-        # The watching process has the id of the other's parent.
-        (driver,) = [each for each in _drivers(cluster) if each.ppid() in {other.pid for other in _drivers(cluster)}]
+        drivers = {process.pid: process for process in cluster.nodes[0].drivers()}
+        (driver,) = [process for process in drivers.values() if process.ppid() in drivers]
         time.sleep(3)
         driver.kill()
         done = desk.winnow("jobs", "logs", again, "--follow")
@@ -218,16 +216,6 @@ def _ask(cluster: RayCluster, path: str) -> Any:
     import urllib3
 
     return urllib3.request("GET", cluster.address + path, headers={"Authorization": f"Bearer {cluster.token}"}).json()
-
-
-def _drivers(cluster: RayCluster) -> list[psutil.Process]:
-    """Processes that run a submitted command."""
-    found = []
-    for process in cluster.nodes[0].family():
-        with contextlib.suppress(psutil.Error):
-            if process.cmdline()[1:3] == ["-m", "winnow_jobs.entrypoint"]:
-                found.append(process)
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------- without a cluster
