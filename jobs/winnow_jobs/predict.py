@@ -197,7 +197,7 @@ def predict(
         run = begin(workspace, "predict", spec, digest, claims, engine, pending)
         if run is not None:
             break
-    return _carry_on(workspace, run, planning_s=time.monotonic() - started)
+    return _carry_on(workspace, run, models, planning_s=time.monotonic() - started)
 
 
 def resume(workspace: Workspace, run: Run) -> PredictResult:
@@ -205,8 +205,13 @@ def resume(workspace: Workspace, run: Run) -> PredictResult:
     return _carry_on(workspace, run)
 
 
-def _carry_on(workspace: Workspace, run: Run, *, planning_s: float = 0.0) -> PredictResult:
+def _carry_on(
+    workspace: Workspace, run: Run, models: Mapping[str, ResolvedModel] | None = None, *, planning_s: float = 0.0
+) -> PredictResult:
     spec = PredictSpec.from_dict(run.plan.config["spec"])
+    if models is not None:  # the same as the plan's, but their files may lie elsewhere by now
+        tasks = {name: dataclasses.replace(task, model=models[name]) for name, task in spec.tasks.items()}
+        spec = dataclasses.replace(spec, tasks=tasks)
     decided, seconds = work_off(workspace, run, PredictWork(spec), planning_s=planning_s)
     return PredictResult(
         status="finished",

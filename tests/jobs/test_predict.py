@@ -137,7 +137,12 @@ def test_an_open_run_is_joined_by_the_same_call_and_refused_to_others(workspace:
         workspace.predict(limit=3)
     assert workspace.runs().to_pylist()[0]["status"] == "open"
     assert workspace.predict(dry_run=True).run_id == run_id
-    joined = workspace.predict()
+
+    (workspace.folder / "moved").mkdir()  # as on a cluster, where a submitted checkpoint lies elsewhere each time
+    (workspace.folder / "small.safetensors").rename(workspace.folder / "moved" / "small.safetensors")
+    text = workspace.config_path.read_text()
+    workspace.config_path.write_text(text.replace('"./small', '"./moved/small'))
+    joined = Workspace(workspace.config_path).predict()
     assert (joined.run_id, joined.num_answered) == (run_id, 30)
     ws.check_conserved(workspace, 30)
 

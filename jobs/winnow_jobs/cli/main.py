@@ -34,6 +34,8 @@ _COMMANDS = {
     "query": "Ask the tables with SQL.",
     "export": "Write results for other engines (Parquet, CSV, COCO), and masks.",
     "runs": "List, show, resume or abandon runs.",
+    "submit": "Run a job on a Ray cluster elsewhere.",
+    "jobs": "List, follow or stop the jobs of a cluster.",
     "doctor": "Check this machine, the configuration and the storage.",
     "services": "Start, stop or show the local S3 server and Label Studio.",
     "demo": "The main job on real photographs, from nothing.",
