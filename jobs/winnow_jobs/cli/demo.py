@@ -30,7 +30,7 @@ def command(call: Call, images: str | None, folder: Path | None) -> None:
     """Ingest, predict and query from nothing: the main job on real photographs, or on your own images."""
     from winnow_jobs.cli.ingest import print_result
     from winnow_jobs.cli.output import print_predict, print_table
-    from winnow_jobs.demo import fetch_weights, prepare
+    from winnow_jobs.demo.photographs import fetch_weights, prepare
 
     if folder is None:
         folder = Path("winnow-demo" if images is None else "winnow-demo-own")
