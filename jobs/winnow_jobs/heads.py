@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from winnow.calibration import LEAST_IMAGES, calibration_metrics, fit_temperature
 from winnow.errors import FAILURE_KINDS, FetchError, JobError, MaskError, StoppedError
 from winnow.mask_files import read_label
 from winnow.masks import label_dtype, resize_to_source
@@ -42,10 +43,16 @@ logger = logging.getLogger(__name__)
 LEAST_VAL = 50
 """Labelled images of the val split that are enough to choose by; with fewer, five folds of the train split choose."""
 
+LEAST_VAL_MASKS = 5
+"""Masks of the val split that are enough to fit a temperature on; pixels of one image are much alike."""
+
 FEW_LABELS = 5
 """A class with fewer labels is warned about."""
 
 _FOLDS = 5
+_PIXELS = 200_000
+"""Pixels of a split that calibration is fitted on or measured at, over all images."""
+
 _LEAST_TO_STOP = 20
 """Images after which a share of failures means something."""
 
@@ -59,12 +66,14 @@ class Learned:
         head_name: as on the card.
         metrics: by split.
         counts: labels used, by split and class.
+        temperature: by which its logits are divided.
     """
 
     head: nn.Module
     head_name: Head
     metrics: dict[str, Any]
     counts: dict[str, dict[str, int]]
+    temperature: float
 
 
 class HeadJob:
@@ -176,7 +185,7 @@ def _is_systemic(kind: str) -> bool:
 
 
 def learn_labels(job: HeadJob) -> Learned:
-    """Multinomial logistic regression on the features of each image."""
+    """Multinomial logistic regression on the features of each image; val chooses its strength and its temperature."""
     import torch
 
     from winnow.models.linear_head import fit_linear_head
@@ -225,25 +234,37 @@ def learn_labels(job: HeadJob) -> Learned:
             on_fit=on_fit,
         )
     job.seconds["fit"] = time.monotonic() - started
+    temperature = fitted.temperature or 1.0
+    if fitted.temperature is None:
+        job.warn(
+            f"fewer than {LEAST_IMAGES} labelled images could be asked that had not taught: the temperature is 1, and "
+            "confidence may be far from accuracy"
+        )
     head = torch.nn.Linear(depth, len(job.classes))
     head.load_state_dict(
         {"weight": torch.from_numpy(fitted.weight_CD).float(), "bias": torch.from_numpy(fitted.bias_C).float()}
     )
+    logits_NC = {split: fitted.logits(features_ND[split]) for split in ("val", "test")}
     metrics: dict[str, Any] = {
-        split: classification_metrics(labels_N[split], softmax(fitted.logits(features_ND[split])), job.classes)
-        for split in ("val", "test")
+        split: classification_metrics(labels_N[split], softmax(logits / temperature), job.classes)
+        for split, logits in logits_NC.items()
     }
     metrics["train"] = {"n": len(labels_N["train"])}
+    chosen_by = "val" if enough else f"{_FOLDS} folds of train"
+    metrics["calibration"] = {
+        "fitted_on": None if fitted.temperature is None else chosen_by,
+        **{split: calibration_metrics(logits, labels_N[split], temperature) for split, logits in logits_NC.items()},
+    }
     metrics["fit"] = {
         "l2_strength": fitted.strength,
-        "chosen_by": "val" if enough else f"{_FOLDS} folds of train",
+        "chosen_by": chosen_by,
         "log_loss_by_strength": {f"{strength:.4g}": loss for strength, loss in fitted.log_losses.items()},
     }
     counts = {
         split: {job.classes[number]: int(count) for number, count in enumerate(np.bincount(labels_N[split])) if count}
         for split in SPLITS
     }
-    return Learned(head, "linear", metrics, counts)
+    return Learned(head, "linear", metrics, counts, temperature)
 
 
 def _folds(groups: Sequence[str], seed: int) -> NDArray[np.int64]:
@@ -355,35 +376,60 @@ def learn_masks(job: HeadJob) -> Learned:
         job.seconds["fit"] = time.monotonic() - started
         started = time.monotonic()
         metrics: dict[str, Any] = {}
+        pixels: dict[str, tuple[NDArray[np.float32], NDArray[np.int64]]] = {}
         first = 0
         for split in ("val", "test"):
             found = [array[first : first + len(truths[split])] for array in judge.arrays()]
-            metrics[split] = _measure_masks(job, head, found, truths[split], split)
+            metrics[split], pixels[split] = _measure_masks(job, head, found, truths[split], split)
             first += len(truths[split])
         job.seconds["measure"] = time.monotonic() - started
+    enough = len(truths["val"]) >= LEAST_VAL_MASKS
+    temperature = fit_temperature(*pixels["val"]) if enough else 1.0
+    if not enough:
+        job.warn(
+            f"{len(truths['val']):,} images of the val split have masks, fewer than {LEAST_VAL_MASKS}: the temperature "
+            "is 1, and confidence may be far from accuracy"
+        )
+    metrics["calibration"] = {
+        "fitted_on": "pixels of val" if enough else None,
+        **{split: calibration_metrics(*sample, temperature) for split, sample in pixels.items()},
+    }
     metrics["train"] = {"n": job.num_images["train"]}
     metrics["fit"] = {"steps": num_steps(job.num_images["train"])}
-    return Learned(head, "pyramid", metrics, {split: dict(has_class[split]) for split in SPLITS})
+    return Learned(head, "pyramid", metrics, {split: dict(has_class[split]) for split in SPLITS}, temperature)
 
 
 def _measure_masks(
     job: HeadJob, head: nn.Module, maps: Sequence[NDArray[Any]], truths: Sequence[_Truth], split: str
-) -> dict[str, Any]:
-    """Answers as predict gives them, compared pixel by pixel at each image's own size."""
-    from winnow.models.pyramid_training import BATCH, answer
+) -> tuple[dict[str, Any], tuple[NDArray[np.float32], NDArray[np.int64]]]:
+    """Answers as predict gives them, compared pixel by pixel at each image's own size.
+
+    Also logits (n, C) and labels (n,) of labelled pixels of the view, drawn by seed, of each image equally many.
+    """
+    from winnow.models.pyramid_training import BATCH, logits_of, target_of
 
     size, num_classes = job.backbone.view.size, len(job.classes)
     assert size is not None
     total_CC = np.zeros((num_classes, num_classes), dtype=np.int64)
+    random = np.random.default_rng(job.seed)
+    sampled_NC, sampled_N = [np.empty((0, num_classes), np.float32)], [np.empty(0, np.int64)]
     with Progress(f"measure {split}", len(truths)) as progress:
         for start in range(0, len(truths), BATCH):
             part = truths[start : start + BATCH]
-            answers_NHW = answer(head, [found[start : start + BATCH] for found in maps], size)  # type: ignore[arg-type]
-            for truth, answer_HW in zip(part, answers_NHW, strict=True):
+            logits_NCHW = logits_of(head, [found[start : start + BATCH] for found in maps], size)  # type: ignore[arg-type]
+            for truth, logits_CHW in zip(part, logits_NCHW, strict=True):
                 labels_HW = truth.unpack()
+                void = int(np.iinfo(labels_HW.dtype).max)
                 height, width = labels_HW.shape
                 shown_width, shown_height = job.backbone.view.target(width, height)
-                shown = resize_to_source(answer_HW[:shown_height, :shown_width], width, height)
-                total_CC += confusion(labels_HW, shown, num_classes, void=int(np.iinfo(labels_HW.dtype).max))
+                answer_HW = logits_CHW[:, :shown_height, :shown_width].argmax(axis=0)
+                shown = resize_to_source(answer_HW, width, height)
+                total_CC += confusion(labels_HW, shown, num_classes, void=void)
+                target = target_of(labels_HW, (shown_width, shown_height), size, num_classes).ravel()
+                labelled = np.flatnonzero(target != void)
+                chosen = random.choice(labelled, min(len(labelled), _PIXELS // len(truths)), replace=False)
+                sampled_NC.append(logits_CHW.reshape(num_classes, -1)[:, chosen].T)
+                sampled_N.append(target[chosen].astype(np.int64))
             progress.update(start + len(part))
-    return segmentation_metrics(total_CC, job.classes, len(truths))
+    metrics = segmentation_metrics(total_CC, job.classes, len(truths))
+    return metrics, (np.concatenate(sampled_NC), np.concatenate(sampled_N))

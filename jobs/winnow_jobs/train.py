@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TRAINER = 1
+TRAINER = 2
 """Raised when the same labels give another version than before."""
 
 _READING = ("precision", "scaled_decoding", "max_bytes", "max_pixels")
@@ -178,7 +178,7 @@ def work_off(workspace: Workspace, run: Run) -> TrainResult:
         view=backbone.view,
         mean=backbone.mean,
         std=backbone.std,
-        temperature=1.0,
+        temperature=learned.temperature,
         metrics=learned.metrics,
         labels=LabelsSnapshot(digest=plan["labels"], counts=learned.counts),
         parent=backbone.id,

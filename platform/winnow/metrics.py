@@ -33,14 +33,13 @@ def classification_metrics(
     answers_N = probabilities_NC.argmax(axis=1)
     confusion_CC = confusion(labels_N, answers_N, len(classes))
     right_C, labelled_C, answered_C = np.diag(confusion_CC), confusion_CC.sum(axis=1), confusion_CC.sum(axis=0)
-    of_labels_N = probabilities_NC[np.arange(len(labels_N)), labels_N].astype(np.float64)
     f1_C = _ratio(2 * right_C, labelled_C + answered_C)
     precision_C, recall_C = _ratio(right_C, answered_C), _ratio(right_C, labelled_C)
     return {
         "n": len(labels_N),
         "accuracy": float(right_C.sum() / len(labels_N)),
         "macro_f1": float(np.nanmean(f1_C)),
-        "log_loss": float(-np.log(np.clip(of_labels_N, _LEAST, 1.0)).mean()),
+        "log_loss": log_loss(labels_N, probabilities_NC),
         "classes": {
             name: {
                 "n": int(labelled_C[index]),
@@ -56,6 +55,12 @@ def classification_metrics(
             if row.any()
         },
     }
+
+
+def log_loss(labels_N: Counts, probabilities_NC: NDArray[np.floating[Any]]) -> float:
+    """Mean of -ln of the probability that the true class got, in nats."""
+    of_labels_N = probabilities_NC[np.arange(len(labels_N)), labels_N].astype(np.float64)
+    return float(-np.log(np.clip(of_labels_N, _LEAST, 1.0)).mean())
 
 
 def segmentation_metrics(confusion_CC: Counts, classes: Sequence[str], num_images: int) -> dict[str, Any]:

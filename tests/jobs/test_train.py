@@ -86,6 +86,9 @@ def test_labels_become_a_version_that_answers_once_it_is_promoted(tmp_path: Path
     assert (card.head, card.classes, card.run) == ("linear", tuple(COLOURS), made.run_id)
     assert card.parent.startswith("start.safetensors#")
     assert card.labels.counts["train"] == dict.fromkeys(COLOURS, 6)
+    # 18 images of train answered out of their fold are too few for a temperature.
+    assert (card.temperature, card.metrics["calibration"]["fitted_on"]) == (1.0, None)
+    assert any("fewer than 20 labelled images" in warning for warning in made.warnings)
     run = ws.one(workspace, f"SELECT * FROM runs WHERE run_id = '{made.run_id}'")
     assert (run["status"], run["tasks"]) == ("finished", ["colour"])
     assert "colour@1: accuracy 1.000 on 12 images" in run["verdict"]
@@ -102,6 +105,24 @@ def test_labels_become_a_version_that_answers_once_it_is_promoted(tmp_path: Path
         image = Image.open(io.BytesIO(picture(colour, 1000))).resize((view[1], view[0]))
         probabilities = predictor.predict(np.array(image)[None])[model.id]
         assert model.classes[int(probabilities.argmax())] == name
+
+
+def test_a_version_is_calibrated_on_images_that_did_not_teach(tmp_path: Path) -> None:
+    workspace = labelled(tmp_path, splits={"train": 8, "val": 1, "test": 4})
+    made = train(workspace)
+    card = workspace.warehouse.registry.card(workspace.warehouse.registry.version("colour@1"))
+    assert card.temperature != 1.0
+    calibration = made.metrics["calibration"]
+    assert calibration["fitted_on"] == "5 folds of train"
+    assert calibration["test"]["log_loss"] == made.metrics["test"]["log_loss"]
+    assert calibration["test"]["log_loss"] != calibration["test"]["log_loss_before"]
+    shown = ws.run(workspace.config_path, "models", "show", "colour@1")
+    assert f"temperature   {card.temperature:.3f}, fitted on 5 folds of train" in shown
+    assert f"with the temperature, and without: ECE {calibration['test']['ece']:.4f}, " in shown
+    # Predict answers the probabilities that were measured.
+    workspace.promote("colour@1")
+    model = workspace.task_model("colour")
+    assert model.temperature == card.temperature
 
 
 def test_another_seed_or_another_label_makes_another_version(tmp_path: Path) -> None:
@@ -434,6 +455,11 @@ def test_masks_become_a_version_that_draws_them(tmp_path: Path) -> None:
     assert made.metrics["test"]["classes"]["shape"]["pixels"] > 0
     card = workspace.warehouse.registry.card(workspace.warehouse.registry.version("shape@1"))
     assert (card.head, card.labels.counts["test"]) == ("pyramid", {"background": 6, "shape": 6})
+    assert card.temperature != 1.0
+    calibration = made.metrics["calibration"]
+    assert calibration["fitted_on"] == "pixels of val"
+    assert calibration["val"]["log_loss"] <= calibration["val"]["log_loss_before"]
+    assert calibration["test"]["n"] > 6 * 1_000
     assert workspace.train("shape", head=True).status == "nothing to do"
     # What predict answers with the published files is what was measured.
     workspace.promote("shape@1")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from winnow.calibration import expected_calibration_error, fit_temperature
 from winnow.errors import JobError
 from winnow.models.linear_head import STRENGTHS, USUAL_STRENGTH, LinearHead, fit_linear_head
 from winnow.uncertainty import softmax
@@ -98,6 +99,27 @@ def test_folds_choose_the_strength_where_no_other_images_do() -> None:
     rare[labels == 2] = 0
     rare[0] = 2
     assert fit_linear_head(features, rare, C, folds_N=np.arange(60) % 5).weight_CD.shape == (C, D)
+
+
+def test_the_images_that_choose_also_calibrate() -> None:
+    features, labels = clouds(60, spread=4.0)
+    unseen, truth = clouds(3_000, seed=2, spread=4.0)
+    chooser = clouds(300, seed=1, spread=4.0)
+    head = fit_linear_head(features, labels, C, chooser=chooser)
+    assert head.temperature == pytest.approx(fit_temperature(head.logits(chooser[0]), chooser[1]), rel=1e-3)
+    assert expected_calibration_error(softmax(head.logits(unseen) / head.temperature), truth) < 0.05
+    by_folds = fit_linear_head(*chooser, C, folds_N=np.arange(300) % 5)
+    assert by_folds.temperature == pytest.approx(fit_temperature(by_folds.logits(unseen), truth), rel=0.2)
+    few = fit_linear_head(features, labels, C, chooser=(features[:19], labels[:19]))
+    assert few.temperature is None
+    # Nobody taught class 1: images of it, which are all wrong, do not make the others unsure.
+    known = labels != 1
+    without = fit_linear_head(features[known], labels[known], C, chooser=(features, labels)).temperature
+    assert (
+        without
+        == fit_linear_head(features[known], labels[known], C, chooser=(features[known], labels[known])).temperature
+    )
+    assert fit_linear_head(features, labels, C).temperature is None
 
 
 def test_a_class_without_labels_is_practically_never_answered() -> None:

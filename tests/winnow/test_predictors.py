@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,6 +85,14 @@ def tiny_model(side: int = 8) -> ResolvedModel:
 
 def tiny() -> Predictor:
     return Predictor({"tiny": tiny_model()}, Tiny(), {"tiny": None})
+
+
+def test_logits_are_divided_by_the_temperature() -> None:
+    images = np.stack([np.full((8, 8, 3), value, np.uint8) for value in (20, 90, 200)])
+    predictor = Predictor({"tiny": dataclasses.replace(tiny_model(), temperature=2.5)}, Tiny(), {"tiny": None})
+    (logits,) = tiny().outputs(images).values()
+    np.testing.assert_array_equal(answers(predictor, images), softmax(logits / 2.5))
+    np.testing.assert_array_equal(answers(tiny(), images), softmax(logits))
 
 
 def test_answers_agree_with_torchvision_on_real_photographs(shared_data: Path, mobilenet: ResolvedModel) -> None:

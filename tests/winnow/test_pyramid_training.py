@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from winnow.models import pyramid_training
-from winnow.models.pyramid_training import answer, fit_pyramid_head, num_steps, target_of
+from winnow.models.pyramid_training import fit_pyramid_head, logits_of, num_steps, target_of
 
 SIZE = (32, 48)
 CHANNELS = (3, 4, 5, 6)
@@ -39,7 +39,7 @@ def test_the_decoder_learns_where_the_rectangle_is_and_nothing_of_what_is_not_la
     assert told[-1] == (num_steps(24), num_steps(24))
     assert not head.training
     unseen, truth = scenes(8, seed=1)
-    answers = answer(head, unseen, SIZE)
+    answers = logits_of(head, unseen, SIZE).argmax(axis=1)
     assert answers.shape == (8, *SIZE)
     known = truth != 255
     assert (answers == truth)[known].mean() > 0.9
@@ -59,7 +59,7 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_generator_alone() -
 def test_one_image_and_no_labelled_pixel_are_no_faults() -> None:
     maps, targets = scenes(1)
     targets[:] = 255
-    assert answer(fit_pyramid_head(maps, targets, 2, seed=0), maps, SIZE).shape == (1, *SIZE)
+    assert logits_of(fit_pyramid_head(maps, targets, 2, seed=0), maps, SIZE).shape == (1, 2, *SIZE)
 
 
 def test_every_image_is_seen_at_least_twice_and_few_images_no_more_than_forty_times(

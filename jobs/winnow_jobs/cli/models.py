@@ -148,6 +148,7 @@ def _card_lines(card: dict[str, Any]) -> list[str]:
         f"  {'classes':13} {len(card['classes'])}: {_short_list(card['classes'])}",
         f"  {'labels':13} "
         + ", ".join(f"{sum(counts.values()):,} {split}" for split, counts in card["labels"]["counts"].items()),
+        f"  {'temperature':13} {card['temperature']:.3f}{_fitted_on(card)}",
         f"  {'seed':13} {card['seed']}",
         f"  {'files':13} {card['location']}",
         f"  {'weights':13} sha256 {card['sha256']}",
@@ -163,8 +164,20 @@ def _card_lines(card: dict[str, Any]) -> list[str]:
             f"{name.replace('_', ' ')} {value:.4f}" for name, value in measured.items() if isinstance(value, float)
         ]
         lines.append(f"{split}, {measured['n']:,} images: {', '.join(figures)}")
+        calibration = card["metrics"].get("calibration", {}).get(split, {})
+        if calibration.get("n"):
+            lines.append(
+                "  with the temperature, and without: "
+                f"ECE {calibration['ece']:.4f}, {calibration['ece_before']:.4f}; "
+                f"log loss {calibration['log_loss']:.4f}, {calibration['log_loss_before']:.4f}"
+            )
         lines += _class_lines(measured.get("classes") or {})
     return lines
+
+
+def _fitted_on(card: dict[str, Any]) -> str:
+    fitted_on = card["metrics"].get("calibration", {}).get("fitted_on")
+    return f", fitted on {fitted_on}" if fitted_on else ", not fitted"
 
 
 def _class_lines(classes: dict[str, dict[str, Any]]) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from winnow.calibration import LEAST_IMAGES, fit_temperature
 from winnow.errors import JobError
 
 logger = logging.getLogger(__name__)
@@ -48,12 +49,15 @@ class LinearHead:
         bias_C: float64.
         strength: L2 strength that it was fitted with.
         log_losses: mean log-loss (nats) by strength tried, on the images that chose; empty where nothing chose.
+        temperature: by which logits are to be divided, fitted on the images that chose; None where they were fewer than
+            ``calibration.LEAST_IMAGES``.
     """
 
     weight_CD: NDArray[np.float64]
     bias_C: NDArray[np.float64]
     strength: float
     log_losses: dict[float, float]
+    temperature: float | None = None
 
     def logits(self, features_ND: Features) -> NDArray[np.float32]:
         """Float32 (N, C), computed as a network in float32 does, up to rounding."""
@@ -118,41 +122,48 @@ def _fit(
             if len(np.unique(labels_N[rest])) > 1:
                 plans.append((features_ND[rest], labels_N[rest], features_ND[~rest], labels_N[~rest]))
     total = len(plans) * len(STRENGTHS) + 1
-    log_losses = _judge(plans, num_classes, lambda done: on_fit(done, total))
+    judged = _judge(plans, num_classes, lambda done: on_fit(done, total))
+    log_losses = {tried: _log_loss(*answers) for tried, answers in judged.items()}
     # Of equal losses the stronger penalty: dicts keep the order of STRENGTHS.
     strength = min(log_losses, key=lambda tried: log_losses[tried]) if log_losses else USUAL_STRENGTH
+    temperature = None
+    if strength in judged and len(judged[strength][1]) >= LEAST_IMAGES:
+        temperature = fit_temperature(*judged[strength])
     path = [tried for tried in STRENGTHS if tried > strength * 1.01] + [strength]
     *_, (weight_CD, bias_C) = _path(features_ND, labels_N, num_classes, path[-3:])
     on_fit(total, total)
     logger.info("linear head: %d images, %d classes, L2 strength %g", len(labels_N), len(present), strength)
-    return LinearHead(weight_CD, bias_C, strength, log_losses)
+    return LinearHead(weight_CD, bias_C, strength, log_losses, temperature)
 
 
 def _judge(
     plans: Sequence[tuple[Features, Labels, Features, Labels]], num_classes: int, on_fit: Callable[[int], None]
-) -> dict[float, float]:
-    """Mean log-loss over all plans by strength, strongest first, until two in a row are worse than the best.
+) -> dict[float, tuple[NDArray[np.float64], Labels]]:
+    """Logits and labels of the images that judge, over all plans, by strength, strongest first.
 
-    Weaker ones would be worse still, and take longest to fit.
+    Ends when two in a row are worse than the best: weaker ones would be worse still, and take longest to fit.
     """
     paths = [_path(train_ND, train_N, num_classes, STRENGTHS) for train_ND, train_N, _, _ in plans]
     # What nobody showed, no strength can make right.
-    judged = [np.isin(judge_N, train_N) for _, train_N, _, judge_N in plans]
-    num_judged = sum(int(each.sum()) for each in judged)
-    log_losses: dict[float, float] = {}
-    if not num_judged:
-        return log_losses
+    known = [np.isin(judge_N, train_N) for _, train_N, _, judge_N in plans]
+    judged: dict[float, tuple[NDArray[np.float64], Labels]] = {}
+    if not any(each.any() for each in known):
+        return judged
+    labels_N = np.concatenate([judge_N[each] for each, (_, _, _, judge_N) in zip(known, plans, strict=True)])
+    losses: list[float] = []
     done = 0
     for strength in STRENGTHS:
-        loss = 0.0
-        for path, known, (_, _, judge_ND, judge_N) in zip(paths, judged, plans, strict=True):
-            loss += _log_loss_sum(next(path), judge_ND[known], judge_N[known])
+        logits = []
+        for path, each, (_, _, judge_ND, _) in zip(paths, known, plans, strict=True):
+            weight_CD, bias_C = next(path)
+            logits.append(judge_ND[each] @ weight_CD.T + bias_C)
             done += 1
             on_fit(done)
-        log_losses[strength] = loss / num_judged
-        if len(log_losses) > 2 and min(log_losses.values()) < min(list(log_losses.values())[-2:]):
+        judged[strength] = np.concatenate(logits), labels_N
+        losses.append(_log_loss(*judged[strength]))
+        if len(losses) > 2 and min(losses) < min(losses[-2:]):
             break
-    return log_losses
+    return judged
 
 
 def _path(
@@ -199,11 +210,5 @@ def _minimise(standard_ND: Tensor, targets_N: Tensor, weight_KD: Tensor, bias_K:
     optimiser.step(loss)  # type: ignore[no-untyped-call]
 
 
-def _log_loss_sum(
-    fitted: tuple[NDArray[np.float64], NDArray[np.float64]], features_ND: Features, labels_N: Labels
-) -> float:
-    if not len(labels_N):
-        return 0.0
-    weight_CD, bias_C = fitted
-    logits = torch.from_numpy(features_ND @ weight_CD.T + bias_C)
-    return float(torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels_N), reduction="sum"))
+def _log_loss(logits_NC: NDArray[np.float64], labels_N: Labels) -> float:
+    return float(torch.nn.functional.cross_entropy(torch.from_numpy(logits_NC), torch.from_numpy(labels_N)))

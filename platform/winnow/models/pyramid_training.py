@@ -135,10 +135,10 @@ def target_of(labels_HW: LabelMap, shown: tuple[int, int], size: tuple[int, int]
 
 
 @torch.inference_mode()
-def answer(
+def logits_of(
     head: PyramidHead, maps: Sequence[NDArray[Any]], size: tuple[int, int], *, device: str = "cpu"
-) -> NDArray[np.int64]:
-    """Class of every pixel of the view, int64 (n, H, W), as a predictor answers it.
+) -> NDArray[np.float32]:
+    """Logits of every pixel of the view, float32 (n, C, H, W), as a predictor computes them.
 
     Args:
         head: in evaluation mode, on the device.
@@ -148,5 +148,5 @@ def answer(
     """
     logits = head([_tensor(np.asarray(found, dtype=np.float32), device, False) for found in maps])
     logits = interpolate(logits, size=size, mode="bilinear", align_corners=False)
-    labels: NDArray[np.int64] = logits.argmax(dim=1).cpu().numpy()
-    return labels
+    found: NDArray[np.float32] = logits.cpu().numpy()
+    return found
