@@ -78,11 +78,6 @@ class Picture:
         Image.fromarray(self.pixels_HWC).save(sink, "JPEG", quality=92)
         return sink.getvalue()
 
-    def mask_to_png(self) -> bytes:
-        sink = io.BytesIO()
-        Image.fromarray(self.mask_HW).save(sink, "PNG")
-        return sink.getvalue()
-
 
 def describe(number: int, seed: int = 0) -> Surface:
     """The surface of that number."""
@@ -103,17 +98,44 @@ def render(surface: Surface, *, defect: bool = True) -> Picture:
         surface: what to draw.
         defect: False draws the same place before the damage; the mask is then empty.
     """
-    ground, flaw, sensor = (np.random.default_rng([surface.seed, surface.number, part]) for part in (1, 2, 3))
+    ground, sensor = (_random(surface, part) for part in ("ground", "sensor"))
     shown_HWC = _MATERIALS[surface.material](ground)
-    mask_HW = np.zeros((SIDE, SIDE), dtype=np.uint8)
+    mask_HW: Pixels = np.zeros((SIDE, SIDE), dtype=np.uint8)
     if defect and surface.label != "good":
-        layer = _DEFECTS[surface.label](flaw, surface.material)
-        mask_HW[layer.opacity_HW >= VISIBLE] = MASK_CLASSES.index(surface.label)
+        layer = _damage(surface)
+        mask_HW = mask_of(surface)
         # What is too faint for the mask is not drawn, so that mask and picture agree.
         opacity = np.where(mask_HW > 0, layer.opacity_HW, np.float32(0))[..., None] * np.float32(layer.strength)
         shown_HWC = shown_HWC * (1 - opacity) + layer.colour_of(shown_HWC) * opacity
     lit_HWC = shown_HWC * _light(ground, surface.camera)[..., None]
     return Picture(_photograph(lit_HWC, sensor, surface.camera), mask_HW)
+
+
+def mask_of(surface: Surface) -> Pixels:
+    """The mask alone, without drawing the picture."""
+    mask_HW = np.zeros((SIDE, SIDE), dtype=np.uint8)
+    if surface.label != "good":
+        mask_HW[_damage(surface).opacity_HW >= VISIBLE] = MASK_CLASSES.index(surface.label)
+    return mask_HW
+
+
+def mask_to_png(mask_HW: Pixels) -> bytes:
+    """A mask as a file of class ids."""
+    sink = io.BytesIO()
+    Image.fromarray(mask_HW).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def _damage(surface: Surface) -> _Layer:
+    return _DEFECTS[surface.label](_random(surface, "damage"), surface.material)
+
+
+def _random(surface: Surface, part: str) -> np.random.Generator:
+    """Each part of a picture has a stream of its own, so that one can be drawn without the others."""
+    return np.random.default_rng([surface.seed, surface.number, _PARTS.index(part)])
+
+
+_PARTS = ("description", "ground", "damage", "sensor")
 
 
 # ------------------------------------------------------------------------------------------------------------ materials
@@ -132,7 +154,7 @@ def _metal(random: np.random.Generator) -> Field:
         value += random.uniform(0.02, 0.06) * _milling(random)
     if random.random() < 0.25:
         value = _joint(random, value, random.uniform(0.25, 0.5))
-    value = _hairs(random, _dust(random, value, int(random.integers(0, 14))), 0.12)
+    value = _hairs(random, _dust(random, value, int(random.integers(0, 14))), 0.06)
     return _tinted(value, 1 + random.normal(0, 0.015, 3) + np.array([-0.01, 0.0, 0.015]))
 
 
@@ -145,7 +167,7 @@ def _concrete(random: np.random.Generator) -> Field:
         value = _joint(random, value, random.uniform(0.2, 0.5))
     if random.random() < 0.25:
         value += random.uniform(0.02, 0.04) * _turned(_streaks(random, 24, 2), random.uniform(0, 180))
-    value = _hairs(random, value, 0.1)
+    value = _hairs(random, value, 0.06)
     return _tinted(value, np.array([1.02, 1.0, 0.95]) + random.normal(0, 0.02, 3))
 
 
@@ -157,7 +179,7 @@ def _paint(random: np.random.Generator) -> Field:
         value += random.uniform(0.02, 0.05) * _turned(_streaks(random, 30, 2), random.choice([0.0, 90.0]))
     if random.random() < 0.25:
         value = _joint(random, value, random.uniform(0.25, 0.5))
-    value = _hairs(random, _dust(random, value, int(random.integers(0, 18))), 0.15)
+    value = _hairs(random, _dust(random, value, int(random.integers(0, 18))), 0.08)
     return _tinted(value, colour)
 
 
@@ -213,7 +235,7 @@ def _scratch(random: np.random.Generator, material: str) -> _Layer:
         sheet.stroke(points, np.linspace(1.0, 0.5, 12) * random.uniform(1.0, 2.2))
     brighter = random.random() < (0.85 if material == "metal" else 0.6)
     gain = random.uniform(1.5, 1.9) if brighter else random.uniform(0.35, 0.6)
-    return _Layer(sheet.opacity(0.5), _contrast(random, _least(material, 0.38)), lambda shown: shown * gain)
+    return _Layer(sheet.opacity(0.5), _contrast(random, _least(material, 0.46)), lambda shown: shown * gain)
 
 
 def _stain(random: np.random.Generator, material: str) -> _Layer:
@@ -231,7 +253,7 @@ def _stain(random: np.random.Generator, material: str) -> _Layer:
         blot = np.clip(blot * (0.45 + 1.2 * np.exp(-np.square((reach - 0.12) / 0.1))), 0, 1) * (reach > 0)
     tints = {"oil": (0.35, 0.33, 0.30), "rust": (0.75, 0.48, 0.30), "water": (0.62, 0.62, 0.60)}
     tint = np.array(tints[str(kind)], dtype=np.float32)
-    return _Layer(blot.astype(np.float32), _contrast(random, _least(material, 0.22)), lambda shown: shown * tint)
+    return _Layer(blot.astype(np.float32), _contrast(random, _least(material, 0.28)), lambda shown: shown * tint)
 
 
 def _crack(random: np.random.Generator, material: str) -> _Layer:
@@ -241,7 +263,7 @@ def _crack(random: np.random.Generator, material: str) -> _Layer:
         random, sheet, random.uniform(0.25, 0.75, 2) * SIDE, random.uniform(0, 2 * math.pi), random.uniform(40, 130), 0
     )
     depth = random.uniform(0.1, 0.35)
-    return _Layer(sheet.opacity(0.5), _contrast(random, _least(material, 0.38)), lambda shown: shown * depth)
+    return _Layer(sheet.opacity(0.5), _contrast(random, _least(material, 0.46)), lambda shown: shown * depth)
 
 
 def _grow(
@@ -280,7 +302,7 @@ def _least(material: str, plain: float) -> float:
 
 def _contrast(random: np.random.Generator, least: float) -> float:
     """Strength of a defect: some are plain, many are faint."""
-    return float(least + (1 - least) * random.beta(1.4, 1.6))
+    return float(least + (1 - least) * random.beta(1.5, 1.5))
 
 
 class _Sheet:
@@ -350,7 +372,7 @@ def _milling(random: np.random.Generator) -> Field:
     y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32)
     centre = random.uniform(-3, 4, 2) * SIDE
     radius = np.hypot(x - centre[0], y - centre[1])
-    return np.cos(radius * 2 * math.pi / random.uniform(5, 18)).astype(np.float32)
+    return np.asarray(np.cos(radius * 2 * math.pi / random.uniform(5, 18)), dtype=np.float32)
 
 
 def _joint(random: np.random.Generator, value: Field, depth: float) -> Field:
