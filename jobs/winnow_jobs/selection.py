@@ -143,7 +143,8 @@ def select(
         budget: how many, audit images included.
         task: classification or segmentation task; the only one of the configuration by default.
         policy: name of a policy; that of ``[select]`` by default.
-        audit_share: of the budget, from the audit reserve; that of ``[select]`` by default.
+        audit_share: of the budget, from the audit reserve; that of ``[select]`` by default. With 1 there is
+            an audit alone, also where the reserve is short.
         seed: another one chooses otherwise where the policy leaves it open.
         dry_run: choose, and write nothing.
 
@@ -339,7 +340,8 @@ def _look_and_choose(workspace: Workspace, call: SelectCall) -> _Selected:
                 strategies[name] = Balance(candidates.classes_N, counts_C, ties_N)
             elif covered is not None:
                 strategies[name] = Spread(covered.coverage, covered.indices_M)
-        choices, num_repeats = choose(strategies, call.shares, call.budget - len(audit_ids), taken_N, repeats)
+        num_wanted = call.budget - len(audit_ids) if call.audit_share < 1.0 else 0
+        choices, num_repeats = choose(strategies, call.shares, num_wanted, taken_N, repeats)
     counts = {
         "round": next_round,
         "chosen": len(choices) + len(audit_ids),

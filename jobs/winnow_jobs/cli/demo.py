@@ -35,9 +35,9 @@ def command(call: Call, images: str | None, folder: Path | None) -> None:
     better models, a blind audit, and the answers that need no person. Who answers is simulated, unless DEMO_HUMAN=1 is
     set: then it waits for you. Stopped or killed, the same command goes on where it was.
     """
-    from winnow_jobs.demo.loop import play
     from winnow_jobs.cli.ingest import print_result
     from winnow_jobs.cli.output import print_predict, print_table
+    from winnow_jobs.demo.loop import play
     from winnow_jobs.demo.photographs import fetch_weights, prepare
 
     if folder is None:

@@ -70,7 +70,10 @@ crop = 1.0
 train = 0.64
 val = 0.12
 test = 0.24
-audit = {audit}                   # the reserve, for the blind audit
+audit = {audit}                    # the reserve, for the blind audit
+
+[select]
+near_duplicates = 0.98            # textures look more alike than photographs do
 """
 
 
