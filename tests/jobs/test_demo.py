@@ -1,8 +1,9 @@
-"""The demo: its annotator on a real Label Studio, a tour that goes on where it was stopped, own images."""
+"""The demo: its annotator on a real Label Studio, a tour that goes on where it was stopped, own images, the loop."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,10 +16,14 @@ import workspaces as ws
 from winnow.mask_files import read_label
 from winnow_connectors.label_config import label_config
 from winnow_connectors.label_tasks import read_class, read_masks
+from winnow_jobs import Workspace
 from winnow_jobs.cli.main import cli
 from winnow_jobs.demo.annotator import answer_all, answer_to, wait_for_person
-from winnow_jobs.demo.surfaces import CLASSES, MASK_CLASSES, SIDE, describe, mask_of
+from winnow_jobs.demo.loop import FLAW, WHERE, Sizes, play
+from winnow_jobs.demo.surfaces import CLASSES, MASK_CLASSES, SIDE, describe, mask_of, number_of
 from winnow_jobs.demo.tour import Act, Tour
+from winnow_jobs.local_label_studio import LocalLabelStudio
+from winnow_jobs.local_s3 import LocalS3
 
 if TYPE_CHECKING:
     from winnow_connectors.label_studio import LabelStudio
@@ -105,3 +110,53 @@ def test_own_images_get_the_first_act_alone(tmp_path: Path) -> None:
     assert "4 · the results" in done.output
     assert "surfaces" not in done.output
     assert not (tmp_path / "own" / "surfaces").exists()
+
+
+SMALL = Sizes(first=110, later=10, seed_labels=24, seed_masks=12, measure_masks=12, budget=12, masks=4, audit=6, audit_share=0.15)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, label_studio_server: LocalLabelStudio, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A workspace whose Label Studio is installed already, and whose servers end with the test."""
+    home = tmp_path / ".winnow" / "services"
+    shutil.copytree(label_studio_server.environment.parent / "blank", home)
+    (home / "label-studio.json").unlink()
+    (home / "label-studio-env").symlink_to(label_studio_server.environment)
+    for name in ("URL", "API_KEY", "LOCAL_FILES_DOCUMENT_ROOT"):  # the demo sets them
+        monkeypatch.setenv(f"LABEL_STUDIO_{name}", "")
+    yield tmp_path
+    LocalLabelStudio(home).kill9()
+    LocalS3(home).kill9()
+
+
+@pytest.mark.ray
+@pytest.mark.s3
+@pytest.mark.label_studio
+@pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("ray_session", "torch_home")
+def test_the_loop_ends_with_better_models_and_a_look_at_the_audit(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    play(folder, human=False, sizes=SMALL)
+    said = capsys.readouterr().out
+    workspace = Workspace(folder / "winnow.toml")
+    taught = [version.metrics["train"]["n"] for version in reversed(workspace.models(FLAW))]
+    assert taught[0] == 24
+    assert taught == sorted(set(taught))
+    assert len(taught) == 3
+    assert [version.metrics["train"]["n"] for version in workspace.models(WHERE)] == [16, 12]
+    labels = workspace.query(
+        "SELECT l.label, i.uri, i.audit FROM current_labels AS l JOIN current_images AS i USING (image_id) "
+        f"WHERE l.task = '{FLAW}'"
+    ).to_pylist()
+    assert all(row["label"] == describe(number_of(row["uri"])).label for row in labels)
+    assert sum(row["audit"] for row in labels) == SMALL.audit
+    runs = workspace.runs()
+    assert set(runs["status"].to_pylist()) == {"finished"}
+    assert "the simulated annotator" in said
+    assert f"{WHERE}@1" in said
+    play(folder, human=False, sizes=SMALL)
+    again = capsys.readouterr().out
+    assert "nothing to do: every act was played before" in again
+    assert again.partition("What was learned")[2] == said.partition("What was learned")[2]
+    assert Workspace(folder / "winnow.toml").runs().num_rows == runs.num_rows

@@ -84,7 +84,9 @@ class Sizes:
     Attributes:
         first: images at the beginning.
         later: images that are added meanwhile.
-        seed_labels: images of the train split whose labels are known at the beginning.
+        seed_labels: images of the train split whose classes are known at the beginning.
+        seed_masks: of those, images whose masks are known too: painting takes longer than choosing.
+        measure_masks: images of val and test, together, whose masks are known.
         budget: images that people see in each round of the classes.
         masks: images that people paint.
         audit: blind answers that ``accept`` rests on.
@@ -94,10 +96,16 @@ class Sizes:
     first: int = 1600
     later: int = 200
     seed_labels: int = 60
+    seed_masks: int = 30
+    measure_masks: int = 150
     budget: int = 200
-    masks: int = 40
+    masks: int = 20
     audit: int = 150
     audit_share: float = 0.11
+
+
+FOR_A_PERSON = Sizes(budget=60, masks=10)
+"""Fewer questions, where a person answers them."""
 
 
 class Loop:
@@ -106,13 +114,13 @@ class Loop:
     Args:
         folder: the workspace; made when missing.
         human: wait for a person instead of answering.
-        sizes: how much of everything.
+        sizes: how much of everything; less by default where a person answers.
     """
 
     def __init__(self, folder: Path, *, human: bool = False, sizes: Sizes | None = None) -> None:
         self.folder = folder
         self.human = human
-        self.sizes = sizes or Sizes()
+        self.sizes = sizes or (FOR_A_PERSON if human else Sizes())
         self.label_studio: ServiceStatus | None = None
 
     @cached_property
@@ -227,22 +235,25 @@ class Loop:
         ).to_pylist()
         by_split = {split: [row["uri"] for row in rows if row["split"] == split] for split in ("train", "val", "test")}
         by_split["train"] = by_split["train"][: self.sizes.seed_labels]
+        measured = sorted([*by_split["val"], *by_split["test"]], key=number_of)
+        painted = {*by_split["train"][: self.sizes.seed_masks], *measured[: self.sizes.measure_masks]}
         bucket = self.workspace.stores.at(f"s3://{BUCKET}/")
-        labelled = {uri: describe(number_of(uri)) for uris in by_split.values() for uri in uris}
 
         def put_mask(surface: Surface) -> None:
             bucket.put(_mask_key(surface), mask_to_png(mask_of(surface)))
 
-        _each(list(labelled.values()), put_mask, "masks")
+        _each([describe(number_of(uri)) for uri in painted], put_mask, "masks")
         temporary = path.with_suffix(".tmp")
         with temporary.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["uri", "label", "mask"])
-            for uri, surface in labelled.items():
-                writer.writerow([uri, surface.label, f"s3://{BUCKET}/{_mask_key(surface)}"])
+            for uri in (uri for uris in by_split.values() for uri in uris):
+                surface = describe(number_of(uri))
+                mask = f"s3://{BUCKET}/{_mask_key(surface)}" if uri in painted else ""
+                writer.writerow([uri, surface.label, mask])
         temporary.replace(path)
         counted = ", ".join(f"{len(uris):,} of {split}" for split, uris in by_split.items())
-        yield f"{path.name}: class and mask of {counted}"
+        yield f"{path.name}: classes of {counted}; masks of {len(painted):,}, because painting takes longer"
 
     def _ingest_labels(self) -> Iterator[str]:
         yield "$ winnow ingest labels.csv --stat"
@@ -356,7 +367,7 @@ class Loop:
             for project in projects:
                 count += answer_all(server, project, kind, surfaces, on_answer=tell)
         what = "classes chosen" if kind == "classification" else "masks painted"
-        yield f"{count:,} {what} by a simulated annotator, who knows what was drawn; DEMO_HUMAN=1 asks you instead"
+        yield f"{count:,} {what} in Label Studio by the simulated annotator"
 
     def _pull(self, task: str) -> Iterator[str]:
         yield f"$ winnow review pull --task {task}"
@@ -387,8 +398,13 @@ def play(folder: Path, *, human: bool, first: int = 1, sizes: Sizes | None = Non
         folder: the workspace.
         human: wait for a person instead of answering.
         first: number of the first act.
-        sizes: how much of everything.
+        sizes: how much of everything; less by default where a person answers.
     """
+    click.echo("Metal, concrete and paint: good, scratched, stained or cracked. They are drawn, so the truth is known.")
+    if human:
+        click.echo("You answer in Label Studio. Ctrl-C stops at any time, and the same command goes on.")
+    else:
+        click.echo("Who answers in Label Studio is simulated and makes no mistakes. DEMO_HUMAN=1 asks you instead.")
     loop = Loop(folder, human=human, sizes=sizes)
     loop.serve()
     tour = Tour(folder / ".winnow" / "demo.json")
