@@ -2,7 +2,8 @@
 
 The bound rests on the blind audit alone: on the images of the audit reserve in the order of their hashes, up to the
 first that nobody has answered yet. Which images these are, no answer decides. A look at their labels is a run, and is
-paid for (``winnow.risk``); the same labels, model and options are looked at once.
+paid for (``winnow.risk``); the same labels, model and options are looked at once. What it says besides its claims
+(``winnow.audit``) is written down with it, and is read from there: nobody looks at labels without paying.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Self
@@ -19,10 +20,12 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from winnow.audit import AuditStatistics
 from winnow.errors import CallError
 from winnow.risk import Claim, largest_claim, least_sample, share_of_look
 from winnow.splits import audit_positions
 from winnow_connectors.ledger import digest_of
+from winnow_connectors.object_store import NotFoundError
 from winnow_jobs.push import SHOWING
 from winnow_jobs.review import FINISHED, MAX_ATTEMPTS, begin_anew, publish
 from winnow_jobs.selection import answerer_of
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
 
 ALL = "*"
 """Name of the claim about all classes together."""
+
+_STATISTICS, _IMAGES = "audit.json", "audit_images.json"
+"""Files of a look, beside its plan: what it says, and the ids of the images that it saw."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class AcceptResult:
         num_accepted: images without a person's label that are accepted now.
         num_left: images without a person's label that are not.
         num_needed: further audit labels that a claim could need; 0 with a claim.
+        audit: accuracy, drift, and error against coverage; None when no label was looked at.
         verdict: the outcome in one sentence.
     """
 
@@ -65,6 +72,7 @@ class AcceptResult:
     num_accepted: int = 0
     num_left: int = 0
     num_needed: int = 0
+    audit: AuditStatistics | None = None
     verdict: str = ""
 
 
@@ -148,7 +156,9 @@ def accept(
             verdict=_verdict(claims, len(rows), num_images, max_error, confidence, num_wrong, len(audit.wrong_N)),
         )
         if known is not None:
-            return replace(result, status="nothing to do", run_id=known["run_id"])
+            statistics = statistics_of(workspace, known["run_id"])
+            return replace(result, status="nothing to do", run_id=known["run_id"], audit=statistics)
+        statistics = audit.statistics([_images_of(workspace, each["run_id"]) for each in looks])
         run_id = publish(
             workspace,
             "accept",
@@ -161,9 +171,10 @@ def accept(
                 "seconds": {"total": round(time.monotonic() - started, 3)},
                 "verdict": result.verdict,
             },
+            files={_STATISTICS: statistics.to_json().encode(), _IMAGES: json.dumps(audit.ids_N.tolist()).encode()},
         )
         if run_id is not None:
-            return replace(result, run_id=run_id)
+            return replace(result, run_id=run_id, audit=statistics)
     raise CallError(f"other calls were faster {MAX_ATTEMPTS} times; run the command again when they are done")
 
 
@@ -190,12 +201,14 @@ class Audit:
     """The complete prefix of the audit, N images in the order of their hashes.
 
     Attributes:
+        ids_N: image ids.
         confidence_N: of the model's answer, float32.
         wrong_N: what a person said is something else; so is an image that was skipped or cannot be shown.
         label_N: the model's answers.
         snapshot: digest of images, answers and labels.
     """
 
+    ids_N: NDArray[np.object_]
     confidence_N: NDArray[np.float32]
     wrong_N: NDArray[np.bool_]
     label_N: NDArray[np.object_]
@@ -209,6 +222,16 @@ class Audit:
     def of(self, name: str) -> NDArray[np.bool_]:
         """The images that a claim is about, bool (N,)."""
         return np.full(len(self.label_N), True) if name == ALL else np.asarray(self.label_N == name)
+
+    def statistics(self, looks: Sequence[frozenset[str]]) -> AuditStatistics:
+        """What a look says besides its claims.
+
+        Args:
+            looks: images that each look before saw, the oldest first. Drift is against the last that had not seen all.
+        """
+        seen = [np.array([each in images for each in self.ids_N], dtype=np.bool_) for images in looks if images]
+        before = next((seen_N for seen_N in reversed(seen) if not seen_N.all()), seen[-1] if seen else None)
+        return AuditStatistics.of(self.confidence_N, self.wrong_N, before)
 
     @classmethod
     def read(cls, engine: QueryEngine, task: str, model: str) -> Self:
@@ -232,7 +255,7 @@ class Audit:
             )
             SELECT i.image_id, i."group", p.label, p.confidence, s.label AS said,
                 s.image_id IS NOT NULL AS answered, k.image_id IS NOT NULL OR h.image_id IS NOT NULL AS given_up
-            FROM current_images AS i JOIN ({_answers(task, model)}) AS p USING (image_id)
+            FROM current_images AS i JOIN ({newest_answers(task, model)}) AS p USING (image_id)
                 LEFT JOIN said AS s USING (image_id) LEFT JOIN skipped AS k USING (image_id)
                 LEFT JOIN hidden AS h USING (image_id)
             WHERE i.audit AND i.parent IS NULL
@@ -243,6 +266,7 @@ class Audit:
         prefix = list(itertools.takewhile(lambda row: row["answered"] or row["given_up"], ordered))
         told = [[row["image_id"], row["label"], row["confidence"], row["said"], row["answered"]] for row in prefix]
         return cls(
+            ids_N=np.array([row["image_id"] for row in prefix], dtype=object),
             confidence_N=np.array([row["confidence"] for row in prefix], dtype=np.float32),
             wrong_N=np.array([row["label"] != row["said"] for row in prefix], dtype=np.bool_),
             label_N=np.array([row["label"] for row in prefix], dtype=object),
@@ -250,7 +274,7 @@ class Audit:
         )
 
 
-def _answers(task: str, model: str) -> str:
+def newest_answers(task: str, model: str) -> str:
     """SQL: the model's newest answer to every image."""
     return f"""
         SELECT image_id, label, confidence
@@ -262,7 +286,7 @@ def _answers(task: str, model: str) -> str:
 def _unseen(task: str, model: str) -> str:
     """SQL: current originals outside the reserve without a person's label, with the model's answer."""
     return f"""
-        FROM current_images AS i JOIN ({_answers(task, model)}) AS p USING (image_id)
+        FROM current_images AS i JOIN ({newest_answers(task, model)}) AS p USING (image_id)
         WHERE NOT i.audit AND i.parent IS NULL AND NOT EXISTS (
             FROM current_labels AS c WHERE c.image_id = i.image_id AND c.task = {quoted(task)} AND c.label IS NOT NULL
         )"""
@@ -307,3 +331,25 @@ def _looks(engine: QueryEngine, task: str) -> list[dict[str, Any]]:
         """
     ).to_pylist()
     return rows
+
+
+def statistics_of(workspace: Workspace, look: str) -> AuditStatistics | None:
+    """What a look said besides its claims; None when it was not written down.
+
+    Args:
+        workspace: where.
+        look: id of its run.
+    """
+    found = _file_of(workspace, look, _STATISTICS)
+    return None if found is None else AuditStatistics.from_json(found)
+
+
+def _images_of(workspace: Workspace, look: str) -> frozenset[str]:
+    return frozenset(json.loads(_file_of(workspace, look, _IMAGES) or b"[]"))
+
+
+def _file_of(workspace: Workspace, look: str, name: str) -> bytes | None:
+    try:
+        return workspace.warehouse.store.get(f"runs/{look}/{name}")
+    except NotFoundError:
+        return None

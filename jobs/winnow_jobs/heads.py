@@ -292,7 +292,7 @@ def _names(names: Sequence[str]) -> str:
 # ---------------------------------------------------------------------------------------------------------------- masks
 
 
-def _mask_uri(value: str) -> str | None:
+def mask_uri(value: str) -> str | None:
     """The file that a label names, if it is well-formed and names one; what else it may be, ``read_label`` says."""
     try:
         content = json.loads(value)
@@ -334,7 +334,7 @@ def learn_masks(job: HeadJob) -> Learned:
         def use(reader: FeatureReader, featured: Featured) -> None:
             split = featured.images[0].row["split"]
             kept, targets = [], []
-            masks = reader.reader.fetch(filter(None, (_mask_uri(image.row["value"]) for image in featured.images)))
+            masks = reader.reader.fetch(filter(None, (mask_uri(image.row["value"]) for image in featured.images)))
 
             def read(uri: str) -> bytes:
                 found = masks[uri]

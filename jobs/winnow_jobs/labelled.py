@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 
 from winnow.errors import CallError
 from winnow.splits import SPLITS
+from winnow_jobs.vectors import quoted
 
 if TYPE_CHECKING:
-    from winnow.config import TaskConfig
+    from winnow.config import Kind, TaskConfig
     from winnow_connectors.query import QueryEngine
 
 SCHEMA = pa.schema(
@@ -41,6 +42,19 @@ FROM current_labels AS l JOIN current_images AS i USING (image_id)
 WHERE l.task = {task}
 ORDER BY i.image_id
 """
+
+
+def measured_sql(task: str, kind: Kind) -> str:
+    """SQL: the images that models of a task are measured on, those of the test split that training measures on too.
+
+    Current originals with a person's or imported label, outside the audit reserve; columns of ``current_images``, and
+    ``label`` and ``value``.
+    """
+    said = "value" if kind == "segmentation" else "label"
+    return f"""
+        SELECT i.*, l.label, l.value FROM current_labels AS l JOIN current_images AS i USING (image_id)
+        WHERE l.task = {quoted(task)} AND l.{said} IS NOT NULL AND i.split = 'test' AND i.parent IS NULL
+            AND NOT (i.audit OR coalesce(l.audit, false)) AND i.image_id NOT IN (SELECT image_id FROM quarantined)"""
 
 
 @dataclass(frozen=True)
@@ -102,7 +116,7 @@ def labelled_images(
     Raises:
         CallError: no label at all, or labels that are no class of the task.
     """
-    found = engine.sql(_LABELLED.format(task="'" + task.replace("'", "''") + "'"))
+    found = engine.sql(_LABELLED.format(task=quoted(task)))
     found = found.filter(pc.invert(found["audit"]))
     if not found.num_rows:
         raise CallError(

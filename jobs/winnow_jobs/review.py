@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -124,16 +125,18 @@ def publish(
     config: Mapping[str, Any],
     rows: Rows,
     summary: Mapping[str, Any],
+    files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> str | None:
     """Claim, write and commit rows that were computed since ``numbers`` were read.
 
     Args:
         workspace: where.
-        job: ``push`` or ``pull``.
+        job: ``push``, ``pull`` or ``accept``.
         numbers: from ``begin_anew``.
         config: what the run did, for its row in ``runs``.
         rows: to be added.
         summary: further columns of that row.
+        files: to lie beside the plan of the run, by name.
 
     Returns:
         The run's id; None when another run of the same work was faster: compute the rows again.
@@ -153,6 +156,8 @@ def publish(
     if run is None:
         return None
     try:
+        for name, data in files.items():
+            run.store.put(run.key(name), data)
         fragments = []
         for table, found in rows.items():
             if found:

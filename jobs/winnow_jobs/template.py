@@ -20,6 +20,7 @@ from winnow.config import (
     IngestConfig,
     PolicyConfig,
     PredictConfig,
+    PromotionConfig,
     ReviewConfig,
     SelectConfig,
     SplitsConfig,
@@ -59,6 +60,7 @@ def template(*, warehouse: str = "./warehouse", storage: str = "") -> str:
         _section("select", SelectConfig, {}),
         _section("policies.mixed", PolicyConfig, _MIXED, commented=True),
         _section("review", ReviewConfig, {}),
+        _section("promotion", PromotionConfig, {}),
     ]
     return "\n".join(parts)
 
@@ -144,6 +146,7 @@ def reference() -> str:
         ("[select]", SelectConfig),
         ("[policies.NAME]", PolicyConfig),
         ("[review]", ReviewConfig),
+        ("[promotion]", PromotionConfig),
     ]
     parts = [_REFERENCE_HEAD]
     for name, model in sections:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from winnow_jobs.predict import PredictResult
     from winnow_jobs.pull import PullResult
     from winnow_jobs.push import PushResult
+    from winnow_jobs.report import ReportResult
     from winnow_jobs.review_status import ReviewStatus
     from winnow_jobs.search import SearchResult
     from winnow_jobs.selection import SelectResult
@@ -243,6 +244,12 @@ class Workspace:
         from winnow_jobs.accept import accept
 
         return accept(self, task, max_error=max_error, confidence=confidence, per_class=per_class)
+
+    def report(self, tasks: Sequence[str] = (), **options: Any) -> ReportResult:
+        """Write what the tables say as one HTML file; see ``winnow_jobs.report.report`` for the options."""
+        from winnow_jobs.report import report
+
+        return report(self, tasks, **options)
 
     def resume(
         self, run_id: str

@@ -285,6 +285,23 @@ class ReviewConfig(_Section):
     )
 
 
+class PromotionConfig(_Section):
+    """When `winnow models promote` lets a version answer without `--force` (docs/evaluate.md)."""
+
+    margin: Share = Field(
+        0.01,
+        description=(
+            "The 95 % interval of the difference in accuracy (of masks: mean IoU) must lie above minus this as a whole."
+        ),
+    )
+    max_class_drop: Share = Field(
+        0.05,
+        description=(
+            "The recall of a class (of masks: its IoU) may fall by this much; by more only where that may be chance."
+        ),
+    )
+
+
 class PredictConfig(_Section):
     """How predict runs. 0 or "auto" means: planned from what the cluster has."""
 
@@ -339,6 +356,7 @@ class Config(_Section):
     select: SelectConfig = Field(default_factory=SelectConfig)
     policies: dict[TaskName, PolicyConfig] = Field(default_factory=dict)
     review: ReviewConfig = Field(default_factory=ReviewConfig)
+    promotion: PromotionConfig = Field(default_factory=PromotionConfig)
 
     @field_validator("storage")
     @classmethod

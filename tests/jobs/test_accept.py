@@ -2,90 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 
-import workspaces as ws
-from delta_tables import HandMade, at
+from audited import NUM_AUDIT, NUM_OTHERS, TASK, Audited
 from winnow.errors import CallError
 from winnow.risk import least_sample, share_of_look, upper_bound
-from winnow.splits import audit_positions
-from winnow_jobs import Workspace
+from winnow_jobs.accept import statistics_of
 from winnow_jobs.cli.main import cli
-from winnow_jobs.selection import answerer_of
-
-TASK = ws.TASK
-NUM_AUDIT, NUM_OTHERS = 300, 500
-
-
-def image_id(number: int) -> str:
-    return hashlib.blake2b(str(number).encode(), digest_size=16).hexdigest()
-
-
-class Audited:
-    """Images 0 to 299 are the audit reserve in the order of their hashes, 300 to 799 are not.
-
-    Every answer is ``cat`` below 0.7 and ``dog`` above; the confidence of number n is ``0.5 + (n % 50) / 100``.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.workspace = Workspace(ws.write_config(folder))
-        self.workspace.init()
-        self.tables = HandMade(folder / "warehouse" / "tables", exist=True)
-        groups = [f"g{number}" for number in range(NUM_AUDIT)]
-        order = np.argsort(audit_positions(groups))
-        self.ids = [image_id(number) for number in range(NUM_AUDIT + NUM_OTHERS)]
-        self.model = answerer_of(self.workspace, TASK)
-        self.tables.add_rows(
-            "images",
-            (
-                {"image_id": each, "audit": n < NUM_AUDIT, "group": groups[order[n]] if n < NUM_AUDIT else each}
-                for n, each in enumerate(self.ids)
-            ),
-        )
-        self.predict(self.model)
-
-    def predict(self, model: str) -> None:
-        self.tables.add_rows(
-            "predictions",
-            (
-                {"image_id": each, "task": TASK, "model": model, "confidence": self.confidence(n)}
-                | {"label": self.label(n)}
-                for n, each in enumerate(self.ids)
-            ),
-        )
-
-    @staticmethod
-    def confidence(number: int) -> float:
-        return 0.5 + (number % 50) / 100
-
-    def label(self, number: int) -> str:
-        return "dog" if self.confidence(number) >= 0.7 else "cat"
-
-    def say(self, numbers: Any, *, wrong: Any = (), event: str = "created") -> None:
-        """People answer audit images; ``wrong`` are those that the model got wrong."""
-        self.tables.add_rows(
-            "labels",
-            (
-                {"image_id": self.ids[n], "task": TASK, "audit": True, "event": event, "annotator": "ann"}
-                | {"updated_at": at(n if event == "created" else 1000 + n)}
-                | {"label": None if event == "skipped" else "eel" if n in wrong else self.label(n)}
-                for n in numbers
-            ),
-        )
-
-    def accept(self, **options: Any) -> Any:
-        return self.workspace.accept(TASK, **{"max_error": 0.05, **options})
-
-    def results(self) -> dict[str, int]:
-        rows = self.workspace.query("SELECT source, count(*) AS n FROM results GROUP BY 1").to_pylist()
-        return {row["source"]: row["n"] for row in rows}
 
 
 @pytest.fixture
@@ -155,6 +82,35 @@ def test_unsure_answers_are_not_sure_enough_and_the_last_look_counts(audited: Au
     assert "accepted" not in audited.results()
 
 
+def test_a_look_says_how_good_the_rest_is_and_that_stays_as_it_was_said(audited: Audited) -> None:
+    audited.say(range(200), wrong=range(10))
+    first = audited.accept()
+    accuracy = first.audit.accuracy
+    assert (accuracy.num_hits, accuracy.num) == (190, 200)
+    assert accuracy.low < 0.95 < accuracy.high
+    assert first.audit.drift is None
+    assert first.audit.curve[-1].error.num_hits == 10
+
+    audited.say(range(200, 240), wrong=range(200, 215))  # nobody looks at these before they are paid for
+    assert statistics_of(audited.workspace, first.run_id) == first.audit
+
+    second = audited.accept()
+    drift = second.audit.drift
+    assert (drift.before.num_hits, drift.before.num, drift.new.num_hits, drift.new.num) == (190, 200, 25, 40)
+    assert drift.alarm
+    assert audited.accept().audit == second.audit  # looked at before: what was said then
+    third = audited.accept(max_error=0.1)  # the same labels: drift is still against those of the first look
+    assert (third.look, third.audit.drift) == (3, drift)
+
+
+def test_a_look_without_a_claim_says_as_much_and_a_refusal_nothing(audited: Audited) -> None:
+    audited.say(range(40))
+    assert audited.accept().audit is None
+    audited.say(range(40, 200), wrong=range(0, 200, 2))
+    result = audited.accept()
+    assert (result.claims, result.audit.accuracy.num_hits) == ({}, 120)
+
+
 def test_classes_have_claims_of_their_own(audited: Audited) -> None:
     wrong = [n for n in range(300) if audited.label(n) == "cat"][::3]
     audited.say(range(300), wrong=wrong)
@@ -192,6 +148,9 @@ def test_the_command_speaks_to_people_and_machines(audited: Audited) -> None:
     output = run()
     assert "all classes: confidence from 0.000 on; 0 wrong of 200 audited" in output
     assert "500 of 500 images need no person: wrong at most 5.0% of the time, at a confidence of 95.0%" in output
+    assert "accuracy without people: 100.0% (200 of 200 audit images), 95% interval 98.2% to 100.0%" in output
+    assert "drift: nothing to compare with" in output
     assert "nothing to do: the same labels were looked at before" in run()
     found = json.loads(run("--json"))
     assert (found["num_accepted"], found["look"]) == (500, 1)
+    assert found["audit"]["accuracy"]["num"] == found["audit"]["curve"][-1]["error"]["num"] == 200

@@ -11,6 +11,7 @@ import click
 from winnow_jobs.cli.main import Call
 
 if TYPE_CHECKING:
+    from winnow.audit import AuditStatistics
     from winnow_jobs.accept import AcceptResult
 
 
@@ -64,7 +65,27 @@ def print_result(result: AcceptResult) -> None:
             f"audited, error rate at most {claim.bound:.2%}"
         )
     click.echo(f"{result.task} by {result.model}: {result.verdict}{done if result.status == 'finished' else ''}")
+    if result.audit is not None:
+        click.echo("\n".join(audit_lines(result.audit)))
     if result.claims:
         click.echo(f"{result.num_left:,} images are left to people; see the view results")
     elif result.num_needed:
         click.echo(f"{result.num_needed:,} more audit labels could be enough for a claim, if few answers are wrong")
+
+
+def audit_lines(audit: AuditStatistics) -> list[str]:
+    """Accuracy and drift, a sentence each."""
+    found, drift = audit.accuracy, audit.drift
+    lines = [
+        f"accuracy without people: {found.value or 0.0:.1%} ({found.num_hits:,} of {found.num:,} audit images), "
+        f"95% interval {found.low:.1%} to {found.high:.1%}"
+    ]
+    if drift is None:
+        return [*lines, "drift: nothing to compare with yet"]
+    if not drift.new.num or not drift.before.num:
+        return [*lines, "drift: no audit image is new since the look before"]
+    compared = (
+        f"{drift.new.value or 0.0:.1%} of {drift.new.num:,} new audit images right, {drift.before.value or 0.0:.1%} of "
+        f"the {drift.before.num:,} before (p = {drift.p_value:.2g})"
+    )
+    return [*lines, f"drift: {'ALARM, more than chance explains' if drift.alarm else 'none seen'}: {compared}"]

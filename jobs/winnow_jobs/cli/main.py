@@ -29,6 +29,7 @@ _COMMANDS = {
     "select": "Choose the images that people should see next.",
     "review": "Send queued images to Label Studio, bring the answers back, show how far people are.",
     "accept": "Accept the answers that need no person, with a bound on their error rate.",
+    "report": "Write what the tables say as one HTML file for people.",
     "query": "Ask the tables with SQL.",
     "export": "Write results for other engines (Parquet, CSV, COCO), and masks.",
     "runs": "List, show, resume or abandon runs.",
