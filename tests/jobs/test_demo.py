@@ -112,7 +112,9 @@ def test_own_images_get_the_first_act_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "own" / "surfaces").exists()
 
 
-SMALL = Sizes(first=110, later=10, seed_labels=24, seed_masks=12, measure_masks=12, budget=12, masks=4, audit=6, audit_share=0.15)
+SMALL = Sizes(
+    first=110, later=10, seed_labels=24, seed_masks=12, measure_masks=12, budget=12, masks=4, audit=6, audit_share=0.15
+)
 
 
 @pytest.fixture

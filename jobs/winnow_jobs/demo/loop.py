@@ -36,6 +36,7 @@ from winnow_jobs.demo.surfaces import (
 )
 from winnow_jobs.demo.tour import Act, Step, Tour
 from winnow_jobs.progress import Progress
+from winnow_jobs.report import FILE_NAME
 from winnow_jobs.review import known_projects
 from winnow_jobs.workspace import Workspace
 
@@ -158,7 +159,7 @@ class Loop:
                 ],
             ),
             Act(f"{sizes.audit} blind answers", [self._select_audit, *self._ask(FLAW)]),
-            Act("what needs no person", [self._accept]),
+            Act("what needs no person, and what it all looks like", [self._accept, self._report]),
         ]
 
     def _learn(self, task: str) -> list[Step]:
@@ -171,6 +172,10 @@ class Loop:
             *(partial(self._answer, task) for task in tasks),
             *(partial(self._pull, task) for task in tasks),
         ]
+
+    @property
+    def report(self) -> Path:
+        return self.folder / FILE_NAME
 
     # -- before the acts -----------------------------------------------------------------------------------------
 
@@ -378,6 +383,11 @@ class Loop:
         yield f"$ winnow accept {FLAW} --max-error 0.1"
         yield self.workspace.accept(FLAW, max_error=0.1).verdict
 
+    def _report(self) -> Iterator[str]:
+        yield "$ winnow report"
+        result = self.workspace.report()
+        yield f"{result.path}: {result.num_images:,} images, {result.num_pictures:,} of them shown"
+
     # -- after the acts ------------------------------------------------------------------------------------------
 
     def curve(self) -> list[str]:
@@ -419,8 +429,9 @@ def _say_the_end(loop: Loop, tour: Tour) -> None:
     for line in loop.curve():
         click.echo(f"  {line}")
     click.secho("\nWhere to look", bold=True)
-    for line in _log_in(loop.label_studio):
+    for line in (f"the report    {loop.report}", *_log_in(loop.label_studio)):
         click.echo(f"  {line}")
+    click.echo(f"  workspace     {loop.folder}; `winnow services down` there ends both servers")
 
 
 def _log_in(status: ServiceStatus) -> list[str]:
