@@ -72,12 +72,13 @@ class Version:
 
 @dataclass(frozen=True)
 class Move:
-    """What a promotion or rollback did. ``run_id`` is None when there was nothing to do."""
+    """What a promotion or rollback did. ``run_id`` is None when there was nothing to do; ``why`` may be empty."""
 
     task: str
     production: str
     before: str
     run_id: str | None
+    why: str = ""
 
 
 class Registry:
@@ -228,15 +229,26 @@ class Registry:
         self._settle(task)
         return self._history(task)
 
-    def promote(self, name: str, *, force: bool = False) -> Move:
-        """Put a version into production.
+    def measurements(self, task: str) -> list[dict[str, Any]]:
+        """Comparisons of versions with others, oldest first: version, detail, run, at."""
+        return self._rows(
+            "SELECT version, detail, run, \"at\" FROM models WHERE event = 'measured' "
+            f"AND run IN (SELECT run_id FROM runs WHERE status = 'finished') AND task = {_quote(task)} ORDER BY \"at\""
+        )
+
+    def promote(
+        self, name: str, *, detail: Mapping[str, Any] | None = None, expected: str | None = None, why: str = ""
+    ) -> Move:
+        """Put a version into production. Whether it is good enough, the caller has found out.
 
         Args:
             name: of the version.
-            force: also one that was measured on no image of the test split.
+            detail: what the event shall say beside what was in production before.
+            expected: what must be in production now.
+            why: for whoever reads the result.
 
         Raises:
-            CallError: no such version, or it was not measured.
+            CallError: no such version, or another one than expected is in production.
             JobError: its files are damaged.
         """
         task, number = parse_version(name)
@@ -245,12 +257,7 @@ class Registry:
         version = self.version(name)
         self.card(version)
         self.weights(version)
-        if not force and not version.metrics.get("test", {}).get("n"):
-            raise CallError(
-                f"{name} was measured on no image: no image of the test split had a label when it was made; label some "
-                "and train again, or promote it unmeasured with --force"
-            )
-        return self._move("promote", task, name, {"force": True} if force else {})
+        return self._move("promote", task, name, dict(detail or {}), expected, why)
 
     def roll_back(self, task: str, to: str | None = None) -> Move:
         """Put the version before the one in production back, or the one named.
@@ -265,7 +272,15 @@ class Registry:
         """
         return self._move("rollback", task, None if to is None else to if "@" in to else f"{task}@{to}", {})
 
-    def _move(self, job: str, task: str, name: str | None, detail: dict[str, Any]) -> Move:
+    def _move(
+        self,
+        job: str,
+        task: str,
+        name: str | None,
+        detail: dict[str, Any],
+        expected: str | None = None,
+        why: str = "",
+    ) -> Move:
         """Claim the next place in the line, finish who stands before, decide."""
         if name is not None and parse_version(name)[0] != task:
             raise CallError(f"{name} is a version of {parse_version(name)[0]}, not of {task}")
@@ -284,6 +299,11 @@ class Registry:
             target = line[-2] if name is None else name
             if target == before:
                 return Move(task, target, before, None)
+            if expected not in (None, before):
+                raise CallError(
+                    f"{before} went into production meanwhile, but {target} was compared with {expected}; run the "
+                    "command again"
+                )
             if job == "rollback" and parse_version(target)[1] is not None:
                 version = self.version(target)
                 self.card(version)
@@ -311,7 +331,7 @@ class Registry:
             if run is None:
                 continue  # another one took the place; look again
             if self.finish_move(run) == "finished":
-                return Move(task, target, before, run.run_id)
+                return Move(task, target, before, run.run_id, why)
             raise JobError(f"run {run.run_id} was abandoned before {target} was in production; run the command again")
         raise JobError(f"others were faster {_MAX_ATTEMPTS} times; run the command again")
 

@@ -136,23 +136,27 @@ def evaluate(
         )
     new = workspace.task_model(task, candidate)
     old, reason = _baseline(workspace, task, config, against)
-    _check_labels(workspace.query_engine(), task, config, against)
     models = [model for model in (new, old) if model is not None]
     names = [answerer(model, views_of(workspace.config, task, model)) for model in models]
     versions_asked = (candidate, against)[: len(models)]
     for _ in range(MAX_ATTEMPTS):
         started = time.monotonic()
-        _ask(workspace, task, config, versions_asked)
         # In this order: what is read below holds all that was measured before the claim.
         numbers = begin_anew(workspace, f"evaluate-{task}")
         engine = workspace.query_engine()
         answers = read_answers(workspace, engine, task, names)
         if answers.num_missing:
-            continue  # labels came meanwhile
+            _ask(workspace, task, config, versions_asked)
+            continue
+        if not answers.images and not answers.num_left_out:
+            raise CallError(
+                f"no image of the test split has a label for {task}, so nothing can be compared with {against}; label "
+                "some (`winnow review push`), or bring labels in with the images (`winnow ingest`)"
+            )
         if not answers.images:
             raise CallError(
-                f"none of the {answers.num_left_out:,} labelled test images could be read by both models; see the view "
-                "failures, then `winnow predict --retry-failures`"
+                f"none of the {answers.num_left_out:,} labelled test images could be read; the view failures says why; "
+                "mend that, then `winnow ingest` (where they changed) or `winnow predict --retry-failures`"
             )
         call = {
             "task": task,
@@ -256,19 +260,6 @@ def _baseline(workspace: Workspace, task: str, config: TaskConfig, against: str)
     if known and not known & set(model.classes):
         return None, f"{against}, the model of winnow.toml, knows none of the labels' classes"
     return model, ""
-
-
-def _check_labels(engine: QueryEngine, task: str, config: TaskConfig, against: str) -> None:
-    """Something to measure on.
-
-    Raises:
-        CallError: there is not.
-    """
-    if not engine.sql(f"SELECT count(*) AS num FROM ({measured_sql(task, config.kind)})")["num"][0].as_py():
-        raise CallError(
-            f"no image of the test split has a label for {task}, so nothing can be compared with {against}; label some "
-            "(`winnow review push`), or bring labels in with the images (`winnow ingest`)"
-        )
 
 
 def _ask(workspace: Workspace, task: str, config: TaskConfig, versions: Sequence[str]) -> None:

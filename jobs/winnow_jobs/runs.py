@@ -103,8 +103,8 @@ def resume(
     outcome = run.outcome()
     if run.is_closed and outcome is not None:
         raise CallError(f"run {run_id} is {outcome['status']} already; there is nothing to resume")
-    if run.plan.job in ("push", "pull", "accept"):
-        command = run.plan.job if run.plan.job == "accept" else f"review {run.plan.job}"
+    if run.plan.job in ("push", "pull", "accept", "evaluate"):
+        command = run.plan.job if run.plan.job in ("accept", "evaluate") else f"review {run.plan.job}"
         raise CallError(f"run {run_id} wrote nothing that counts; `winnow {command}` does it anew")
     if run.plan.job == "ingest":
         return ingest.resume(workspace, run)

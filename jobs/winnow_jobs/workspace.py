@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from winnow_jobs.accept import AcceptResult
     from winnow_jobs.augment import AugmentResult
     from winnow_jobs.duplicates import DuplicatesResult
+    from winnow_jobs.evaluate import EvaluateResult
     from winnow_jobs.export_masks import MasksResult
     from winnow_jobs.ingest import IngestResult
     from winnow_jobs.predict import PredictResult
@@ -180,6 +181,14 @@ class Workspace:
 
         return train(self, task, head=head, seed=seed, limit_labels=limit_labels)
 
+    def evaluate(
+        self, task: str, *, candidate: str | None = None, against: str | None = None, by: Sequence[str] = ()
+    ) -> EvaluateResult:
+        """Compare two model versions on the labelled test images; see ``winnow_jobs.evaluate.evaluate``."""
+        from winnow_jobs.evaluate import evaluate
+
+        return evaluate(self, task, candidate=candidate, against=against, by=by)
+
     def models(self, task: str | None = None) -> list[Version]:
         """All model versions, by task, the newest first.
 
@@ -192,7 +201,7 @@ class Workspace:
         return self.warehouse.registry.versions(task)
 
     def promote(self, version: str, *, force: bool = False) -> Move:
-        """Let a model version answer its task from now on; see ``Registry.promote``."""
+        """Let a model version answer its task from now on, if it is good enough; see ``winnow_jobs.models.promote``."""
         from winnow_jobs.models import promote
 
         return promote(self, version, force=force)

@@ -301,7 +301,7 @@ def decide(comparison: Comparison, rule: PromotionConfig) -> Decision:
         True,
         (
             f"{name} {found.value:+.4f} ({found.low:+.4f} to {found.high:+.4f}) on {comparison.n:,} test images, and "
-            f"no class got worse by more than {rule.max_class_drop:g}",
+            f"no class is shown to have got worse by more than {rule.max_class_drop:g}",
         ),
         doubtful=doubtful,
     )

@@ -5,11 +5,13 @@ Legend: N images, B draws of a bootstrap, F figures.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtri
 
 CONFIDENCE = 0.95
 
@@ -31,22 +33,29 @@ class Interval(NamedTuple):
 
 
 def wilson(num: int, num_of: int, confidence: float = CONFIDENCE) -> Interval:
-    """Interval of a share, in [0, 1]: Wilson's score interval, by scipy.
+    """Interval of a share, in [0, 1]: Wilson's score interval.
 
     E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927); recommended
-    for any number of images by Brown, Cai & DasGupta, "Interval estimation for a binomial proportion" (2001).
+    for few images too by Brown, Cai & DasGupta, "Interval estimation for a binomial proportion" (2001), equation 4.
 
     Args:
         num: images that are so.
         num_of: images.
         confidence: in (0, 1).
     """
-    from scipy.stats import binomtest
-
+    if not 0 <= num <= num_of:
+        raise ValueError(f"{num} of {num_of} images")
     if not num_of:
         return Interval(0.0, 1.0)
-    found = binomtest(num, num_of).proportion_ci(confidence, method="wilson")
-    return Interval(float(found.low), float(found.high))
+    z = _z(confidence)
+    centre = (num + z * z / 2.0) / (num_of + z * z)
+    half = z / (num_of + z * z) * math.sqrt(num * (num_of - num) / num_of + z * z / 4.0)
+    return Interval(max(0.0, centre - half), min(1.0, centre + half))
+
+
+def _z(confidence: float) -> float:
+    """Standard errors that hold so much of a normal distribution, on both sides together."""
+    return float(ndtri(0.5 + confidence / 2.0))
 
 
 def paired_difference(num_gained: int, num_lost: int, num_of: int, confidence: float = CONFIDENCE) -> Interval:
@@ -67,13 +76,12 @@ def paired_difference(num_gained: int, num_lost: int, num_of: int, confidence: f
         Of the second share minus the first.
     """
     from scipy.optimize import brentq
-    from scipy.special import ndtri
 
     if num_gained < 0 or num_lost < 0 or num_gained + num_lost > num_of:
         raise ValueError(f"{num_gained} and {num_lost} of {num_of} images")
     if not num_of:
         return Interval(-1.0, 1.0)
-    z = float(ndtri(0.5 + confidence / 2.0))
+    z = _z(confidence)
     found = (num_gained - num_lost) / num_of
 
     def score(difference: float) -> float:
@@ -81,10 +89,12 @@ def paired_difference(num_gained: int, num_lost: int, num_of: int, confidence: f
         a = 2.0 * num_of
         b = (2.0 * num_of - num_gained + num_lost) * difference - num_gained - num_lost
         c = -num_lost * difference * (1.0 - difference)
-        only_lost = (np.sqrt(max(0.0, b * b - 4.0 * a * c)) - b) / (2.0 * a)  # its likeliest share under the difference
+        only_lost = (math.sqrt(max(0.0, b * b - 4.0 * a * c)) - b) / (
+            2.0 * a
+        )  # its likeliest share under the difference
         variance = num_of * (2.0 * only_lost + difference * (1.0 - difference))
         away = num_gained - num_lost - num_of * difference
-        return float(away / np.sqrt(variance)) if variance > 0.0 else 1e9 * float(np.sign(away))
+        return away / math.sqrt(variance) if variance > 0.0 else math.copysign(1e9, away) if away else 0.0
 
     def end(sign: float) -> float:
         bound = -sign

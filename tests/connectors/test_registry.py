@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 from pathlib import Path
 
@@ -172,11 +173,15 @@ def test_promotions_and_rollbacks_form_one_line(warehouse: Warehouse) -> None:
     assert registry.production("other") == "other@base"
 
 
-def test_a_version_measured_on_nothing_is_promoted_by_force_only(warehouse: Warehouse) -> None:
-    make_version(warehouse.registry, warehouse.ledger, TASK, metrics={"val": {"n": 3}, "test": {"n": 0}})
-    with pytest.raises(CallError, match=r"measured on no image: .* --force"):
-        warehouse.registry.promote("garment@1")
-    assert warehouse.registry.promote("garment@1", force=True).production == "garment@1"
+def test_a_promotion_says_what_it_rests_on_and_passes_nobody_over(warehouse: Warehouse) -> None:
+    make(warehouse, 2)
+    registry = warehouse.registry
+    moved = registry.promote("garment@1", detail={"n": 7}, expected="garment@base", why="it is better")
+    assert (moved.before, moved.why) == ("garment@base", "it is better")
+    assert json.loads(registry.history(TASK)[0]["detail"]) == {"before": "garment@base", "n": 7}
+    with pytest.raises(CallError, match="garment@1 went into production meanwhile, but garment@2 was compared with"):
+        registry.promote("garment@2", expected="garment@base")
+    assert registry.production(TASK) == "garment@1"
 
 
 def test_a_clock_that_runs_behind_does_not_turn_the_order_around(

@@ -44,13 +44,13 @@ def test_from_the_first_version_to_a_rollback_with_json_at_every_step(workspace:
     make(workspace, 2)
     listed = call(workspace, "models", "list", "--task", TASK)
     assert [(row["name"], row["production"]) for row in listed] == [("objects@2", False), ("objects@1", False)]
-    moved = call(workspace, "models", "promote", "objects@2")
+    moved = call(workspace, "models", "promote", "objects@2", "--force")  # there are no images to compare on
     assert (moved["production"], moved["before"]) == ("objects@2", "objects@base")
     assert moved["run_id"] in ws.run(workspace.config_path, "runs", "--json")
     assert call(workspace, "models", "promote", "objects@2")["run_id"] is None
     card = call(workspace, "models", "show", "objects@2")
     assert card["production"]
-    assert [event["event"] for event in card["events"]] == ["promoted"]
+    assert [(event["event"], event["force"]) for event in card["events"]] == [("promoted", True)]
     assert call(workspace, "models", "rollback", TASK)["production"] == "objects@base"
     assert call(workspace, "models", "rollback", TASK, "--to", "1")["production"] == "objects@1"
 
@@ -62,7 +62,7 @@ def test_people_read_tables_and_sentences(workspace: Workspace) -> None:
     for part in ("objects@1  classification, not in production", "timm/test_resnet", "val: measured on no image"):
         assert part in shown
     assert "test, 4 images: accuracy 0.7500" in shown
-    promoted = ws.run(workspace.config_path, "models", "promote", "objects@1")
+    promoted = ws.run(workspace.config_path, "models", "promote", "objects@1", "--force")
     assert "objects@1 is in production; before, it was objects@base" in promoted
     assert "next: winnow predict --task objects" in promoted
     assert "nothing to do: objects@1" in ws.run(workspace.config_path, "models", "promote", "objects@1")
@@ -74,6 +74,11 @@ WRONG = [
     (("models", "show", "objects@base"), "is the model that winnow.toml names"),
     (("models", "list", "--task", "hats"), "task 'hats' is unknown; configured tasks: objects"),
     (("models", "promote", "hats@1"), "task 'hats' is unknown"),
+    (
+        ("models", "promote", "objects@1"),
+        "objects@1 is not promoted: no image of the test split has a label for objects",
+    ),
+    (("models", "promote", "objects@8"), "objects@8 does not exist; versions of objects: objects@1"),
     (("models", "promote", "objects@base"), "winnow models rollback objects --to base"),
     (("models", "rollback", "objects"), "there is nothing to roll back"),
     (("models", "rollback", "objects", "--to", "x"), "write TASK@NUMBER"),
@@ -96,7 +101,7 @@ def test_wrong_calls_are_refused_in_one_message_that_says_what_is_valid(workspac
 def test_a_tampered_version_is_neither_promoted_nor_asked(workspace: Workspace) -> None:
     make(workspace, 2)
     registry = workspace.warehouse.registry
-    workspace.promote("objects@1")
+    registry.promote("objects@1")
     for name in ("objects@1", "objects@2"):
         key = f"{registry.version(name).location}/weights.safetensors"
         workspace.warehouse.store.put(key, workspace.warehouse.store.get(key)[:-100])
@@ -115,7 +120,7 @@ def test_a_version_with_other_classes_than_winnow_toml_is_refused(workspace: Wor
 def test_the_version_in_production_answers_unless_told_otherwise(workspace: Workspace) -> None:
     make(workspace, 2)
     assert workspace.task_model(TASK).id.startswith("small.safetensors#")
-    workspace.promote("objects@1")
+    workspace.promote("objects@1", force=True)
     assert workspace.task_model(TASK).id == "objects@1"
     assert workspace.task_model(TASK, "objects@2").id == "objects@2"
     assert workspace.task_model(TASK, "objects@base").id.startswith("small.safetensors#")
@@ -140,11 +145,11 @@ def test_promote_killed_at_any_time_and_run_again_ends_with_one_promotion(
     workspace: Workspace, tmp_path: Path, delay_s: float
 ) -> None:
     make(workspace)
-    process = ws.start(workspace.config_path, "models", "promote", "objects@1", log=tmp_path / "log")
+    process = ws.start(workspace.config_path, "models", "promote", "objects@1", "--force", log=tmp_path / "log")
     time.sleep(delay_s)
     os.kill(process.pid, signal.SIGKILL)
     process.wait(30)
-    ws.run(workspace.config_path, "models", "promote", "objects@1")
+    ws.run(workspace.config_path, "models", "promote", "objects@1", "--force")
     assert workspace.warehouse.registry.production(TASK) == "objects@1"
     assert len(workspace.warehouse.registry.history(TASK)) == 1
     assert workspace.warehouse.ledger.open_runs() == []

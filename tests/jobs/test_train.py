@@ -96,7 +96,7 @@ def test_labels_become_a_version_that_answers_once_it_is_promoted(tmp_path: Path
     again = train(workspace)
     assert (again.status, again.version, again.run_id) == ("nothing to do", "colour@1", made.run_id)
     # It answers as it was measured, through the files of the warehouse.
-    workspace.promote("colour@1")
+    workspace.promote("colour@1", force=True)
     model = workspace.task_model("colour")
     (predictor,) = [load(model, fetch=workspace.stores.download)]
     view = model.view.crop
@@ -178,9 +178,9 @@ def test_a_limit_adds_labels_to_those_of_a_smaller_one(tmp_path: Path) -> None:
 def test_predict_asks_the_promoted_version(tmp_path: Path, ray_session: None) -> None:
     workspace = labelled(tmp_path, splits={"train": 5, "val": 0, "test": 3})
     made = train(workspace)
-    workspace.promote(made.version)
+    assert "cannot answer colour" in workspace.promote(made.version).why
     result = workspace.predict(["colour"])
-    assert (result.models, result.num_answered) == ({"colour": "colour@1"}, 24)
+    assert (result.models, result.num_answered) == ({"colour": "colour@1"}, 15)  # the promotion asked the 9 of test
     counted = ws.one(
         workspace,
         """
@@ -462,7 +462,7 @@ def test_masks_become_a_version_that_draws_them(tmp_path: Path) -> None:
     assert calibration["test"]["n"] > 6 * 1_000
     assert workspace.train("shape", head=True).status == "nothing to do"
     # What predict answers with the published files is what was measured.
-    workspace.promote("shape@1")
+    workspace.promote("shape@1", force=True)
     model = workspace.task_model("shape")
     predictor = load(model, fetch=workspace.stores.download)
     from winnow.images import DecodeLimits, decode

@@ -23,6 +23,7 @@ _COMMANDS = {
     "predict": "Answer every pending image exactly once.",
     "augment": "Write augmented copies of images, as images with their parent.",
     "train": "Make a model version from labels.",
+    "evaluate": "Compare a model version with another one on the same test images.",
     "models": "List and show model versions, choose the one that answers.",
     "search": "Find the images most like one image.",
     "duplicates": "Find images that show the same, and images unlike all others.",

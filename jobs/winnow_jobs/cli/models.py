@@ -79,13 +79,23 @@ def show(call: Call, version: str, as_json: bool) -> None:
         click.echo(line)
 
 
-@command.command(epilog="Example: winnow models promote garment@2")
+@command.command(
+    epilog="""\b
+Examples:
+  winnow models promote garment@2
+  winnow models promote garment@2 --force          # although it is not better; this is recorded
+"""
+)
 @click.argument("version")
-@click.option("--force", is_flag=True, help="Also a version that was measured on no image of the test split.")
+@click.option("--force", is_flag=True, help="Whatever the comparison says, and without one; this is recorded.")
 @_json_option
 @click.pass_obj
 def promote(call: Call, version: str, force: bool, as_json: bool) -> None:
-    """Let a version answer its task from now on: all images are pending for it."""
+    """Let a version answer its task from now on, if it is better than what does now: all images are pending for it.
+
+    It is compared as `winnow evaluate` does, with what is in production. It must be better, must not be worse by more
+    than [promotion] margin within the 95 % interval, and no class may fall by more than max_class_drop.
+    """
     move = call.workspace.promote(version, force=force)
     _print_move(move, as_json)
     if move.run_id and not as_json:
@@ -122,6 +132,8 @@ def print_move(move: Move) -> None:
         click.echo(f"nothing to do: {move.production} is in production already")
     else:
         click.echo(f"{move.production} is in production; before, it was {move.before}")
+        if move.why:
+            click.echo(f"why: {move.why}")
 
 
 def _version_json(version: Version) -> dict[str, Any]:
@@ -154,7 +166,7 @@ def _card_lines(card: dict[str, Any]) -> list[str]:
         f"  {'weights':13} sha256 {card['sha256']}",
     ]
     for event in card["events"]:
-        lines.append(f"  {event['event'].replace('_', ' '):13} {event['at'][:16].replace('T', ' ')} UTC")
+        lines.append(f"  {event['event'].replace('_', ' '):13} {event['at'][:16].replace('T', ' ')} UTC{_told(event)}")
     for split in ("val", "test"):
         measured = card["metrics"].get(split)
         if not measured or not measured.get("n"):
@@ -178,6 +190,17 @@ def _card_lines(card: dict[str, Any]) -> list[str]:
 def _fitted_on(card: dict[str, Any]) -> str:
     fitted_on = card["metrics"].get("calibration", {}).get("fitted_on")
     return f", fitted on {fitted_on}" if fitted_on else ", not fitted"
+
+
+def _told(event: dict[str, Any]) -> str:
+    """What an event was compared with, and whether it was forced."""
+    change = event.get("difference")
+    compared = (
+        f", {change['value']:+.4f} ({change['low']:+.4f} to {change['high']:+.4f}) against" if change else ", with"
+    )
+    return (", by force" if event.get("force") else "") + (
+        f"{compared} {event['against']} on {event['n']:,} test images" if "against" in event else ""
+    )
 
 
 def _class_lines(classes: dict[str, dict[str, Any]]) -> list[str]:

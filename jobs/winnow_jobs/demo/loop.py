@@ -163,7 +163,7 @@ class Loop:
         ]
 
     def _learn(self, task: str) -> list[Step]:
-        return [partial(self._train, task), partial(self._promote, task)]
+        return [partial(self._train, task), partial(self._evaluate, task), partial(self._promote, task)]
 
     def _ask(self, *tasks: str) -> list[Step]:
         """Push, answer, pull."""
@@ -273,6 +273,18 @@ class Loop:
         test = result.metrics["test"]
         figure = f"accuracy {test['accuracy']:.3f}" if "accuracy" in test else f"mean IoU {test['mean_iou']:.3f}"
         yield f"{result.version}: {figure} on {test['n']:,} test images, from {result.num_images['train']:,} labels"
+
+    def _evaluate(self, task: str) -> Iterator[str]:
+        version = self.workspace.models(task)[0]
+        if version.production:
+            return  # it was promoted before this demo was stopped
+        yield f"$ winnow evaluate {task}"
+        result = self.workspace.evaluate(task)
+        change, worst = result.comparison.difference, result.slices[:1]
+        if change is not None:
+            yield f"{change.value:+.3f} ({change.low:+.3f} to {change.high:+.3f}) against {result.against}"
+        for found in worst:
+            yield f"worst slice: {found.column} {found.value}, {found.score:.3f} on {found.n:,} images"
 
     def _promote(self, task: str) -> Iterator[str]:
         version = self.workspace.models(task)[0].name
