@@ -96,7 +96,7 @@ ifdef ALIKE
 endif
 
 .PHONY: demo
-demo: $(READY) ## the tour on photographs; on your own: make demo IMAGES=/path/or/s3://bucket/prefix
+demo: $(READY) ## the tour: photographs, then the whole loop (DEMO_HUMAN=1: you answer); on your own: IMAGES=/path/or/s3://…
 	@.venv/bin/winnow demo $(if $(IMAGES),--images "$(IMAGES)")
 
 .PHONY: clean

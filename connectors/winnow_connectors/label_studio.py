@@ -366,6 +366,19 @@ class LabelStudio:
                 return
             page += 1
 
+    def annotate(self, task_id: int, result: Sequence[Json]) -> int:
+        """Answer a task as the user of the token; the number of the annotation.
+
+        Args:
+            task_id: of the task.
+            result: regions and choices, as of ``label_tasks.class_result`` or ``mask_results``.
+
+        Raises:
+            UnsureError: no answer: it was taken, or not, or still is.
+            CallError, ReviewError: refused.
+        """
+        return int(self._api.post(f"/api/tasks/{task_id}/annotations/", {"result": list(result)})["id"])
+
     def import_tasks(self, project_id: int, tasks: bytes) -> list[int]:
         """Create tasks, with their predictions; their numbers, in the order given. Sending them again doubles them.
 

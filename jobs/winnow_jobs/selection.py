@@ -132,6 +132,7 @@ def select(
     *,
     task: str | None = None,
     policy: str | None = None,
+    audit_share: float | None = None,
     seed: int = 0,
     dry_run: bool = False,
 ) -> SelectResult:
@@ -142,6 +143,8 @@ def select(
         budget: how many, audit images included.
         task: classification or segmentation task; the only one of the configuration by default.
         policy: name of a policy; that of ``[select]`` by default.
+        audit_share: of the budget, from the audit reserve; that of ``[select]`` by default. With 1 there is
+            an audit alone, also where the reserve is short.
         seed: another one chooses otherwise where the policy leaves it open.
         dry_run: choose, and write nothing.
 
@@ -154,6 +157,8 @@ def select(
         raise CallError(f"--budget {budget} is not valid; give a number of images from 1 to {MAX_BUDGET:,}")
     if seed < 0:
         raise CallError(f"--seed {seed} is not valid; give 0 or a positive number")
+    if audit_share is not None and not 0.0 <= audit_share <= 1.0:
+        raise CallError(f"--audit-share {audit_share:g} is not valid; give a number from 0 to 1")
     config = workspace.config
     name = reviewed_task(config, task)
     kind = config.tasks[name].kind
@@ -173,7 +178,7 @@ def select(
         budget=budget,
         policy=chosen,
         shares=shares,
-        audit_share=config.select.audit_share,
+        audit_share=config.select.audit_share if audit_share is None else audit_share,
         seed=seed,
         embedding=embedding,
         embedding_model=answerer_of(workspace, embedding) if embedding else None,
@@ -335,7 +340,8 @@ def _look_and_choose(workspace: Workspace, call: SelectCall) -> _Selected:
                 strategies[name] = Balance(candidates.classes_N, counts_C, ties_N)
             elif covered is not None:
                 strategies[name] = Spread(covered.coverage, covered.indices_M)
-        choices, num_repeats = choose(strategies, call.shares, call.budget - len(audit_ids), taken_N, repeats)
+        num_wanted = call.budget - len(audit_ids) if call.audit_share < 1.0 else 0
+        choices, num_repeats = choose(strategies, call.shares, num_wanted, taken_N, repeats)
     counts = {
         "round": next_round,
         "chosen": len(choices) + len(audit_ids),

@@ -259,6 +259,22 @@ def test_audit_images_come_in_the_order_of_their_hashes_and_are_shown_in_a_rando
     assert sorted(made.chosen()) == list(range(30))
 
 
+def test_a_call_may_ask_for_an_audit_alone_or_for_none(tmp_path: Path) -> None:
+    made = Made(tmp_path, audit=0.5, margin=1.0)
+    made.images(30, audit=dict.fromkeys(range(20, 30), True))
+    made.predictions(np.linspace(0, 0.9, 30))
+    none = made.workspace.select(4, audit_share=0.0)
+    assert (none.num_audit, none.num_chosen) == (0, 4)
+    alone = made.workspace.select(6, audit_share=1.0)
+    assert (alone.num_audit, alone.num_chosen) == (6, 6)
+    short = made.workspace.select(6, audit_share=1.0)
+    assert (short.num_audit, short.num_chosen) == (4, 4)
+    assert "the audit reserve has 2 images too few" in short.verdict
+    assert made.workspace.select(6, audit_share=1.0).status == "nothing to do"
+    with pytest.raises(CallError, match=r"--audit-share 1\.5 is not valid; give a number from 0 to 1"):
+        made.workspace.select(6, audit_share=1.5)
+
+
 def test_what_shows_the_same_as_something_known_or_chosen_is_passed_over(tmp_path: Path) -> None:
     made = Made(tmp_path, ALIKE, margin=1.0)
     made.images(24, split={20: "val"}, audit={22: True})
@@ -585,6 +601,7 @@ def test_the_command_counts_for_people_and_for_machines(tmp_path: Path) -> None:
         ["by", "margin", "8"], ["by", "random", "3"], ["for", "the", "audit", "1"],
     ]  # fmt: skip
     assert "dry run, nothing is written" in call("--budget", "12", "--dry-run")
+    assert json.loads(call("--budget", "3", "--audit-share", "1", "--dry-run", "--json"))["num_chosen"] == 1
     told = json.loads(call("--budget", "12", "--json"))
     assert (told["num_chosen"], told["reasons"], told["round"]) == (12, {"margin": 8, "random": 3}, 1)
     assert "round 2: 12 of 18 candidates" in call("--budget", "12")

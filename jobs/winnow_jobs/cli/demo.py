@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -14,12 +15,13 @@ from winnow_jobs.cli.main import Call
 @click.command(
     epilog="""\b
 Examples:
-  winnow demo                                # photographs that ship inside packages, in a local S3 bucket
-  winnow demo --images ~/Pictures            # your own
+  winnow demo                                # photographs, then the whole loop on rendered surfaces
+  DEMO_HUMAN=1 winnow demo                   # the same, and you answer in Label Studio
+  winnow demo --images ~/Pictures            # your own images: ingest, predict, query
   winnow demo --images s3://bucket/prefix --folder ./my-demo
 """
 )
-@click.option("--images", help="A folder or URL with your own images instead of the photographs.")
+@click.option("--images", help="A folder or URL with your own images instead of photographs and surfaces.")
 @click.option(
     "--folder",
     type=click.Path(path_type=Path, file_okay=False),
@@ -27,10 +29,16 @@ Examples:
 )
 @click.pass_obj
 def command(call: Call, images: str | None, folder: Path | None) -> None:
-    """Ingest, predict and query from nothing: the main job on real photographs, or on your own images."""
+    """Show everything from nothing: the main job on real photographs, then the whole loop on rendered surfaces.
+
+    The loop: a bucket, 60 labels, models, the images that people should see, their answers in a local Label Studio,
+    better models, a blind audit, and the answers that need no person. Who answers is simulated, unless DEMO_HUMAN=1 is
+    set: then it waits for you. Stopped or killed, the same command goes on where it was.
+    """
     from winnow_jobs.cli.ingest import print_result
     from winnow_jobs.cli.output import print_predict, print_table
-    from winnow_jobs.demo import fetch_weights, prepare
+    from winnow_jobs.demo.loop import play
+    from winnow_jobs.demo.photographs import fetch_weights, prepare
 
     if folder is None:
         folder = Path("winnow-demo" if images is None else "winnow-demo-own")
@@ -61,6 +69,12 @@ def command(call: Call, images: str | None, folder: Path | None) -> None:
         workspace.query("SELECT regexp_extract(uri, '[^/]*$') AS image, stage, error, message FROM failures LIMIT 20"),
         "table",
     )
+    if images is not None:
+        _say_what_next(folder, images)
+        return
+    click.secho("\nThe whole loop, on rendered surfaces", bold=True)
+    human = os.environ.get("DEMO_HUMAN", "") not in ("", "0")
+    play(folder.absolute() / "surfaces", human=human, first=6)
     _say_what_next(folder, images)
 
 

@@ -38,7 +38,7 @@ _COMMANDS = {
     "jobs": "List, follow or stop the jobs of a cluster.",
     "doctor": "Check this machine, the configuration and the storage.",
     "services": "Start, stop or show the local S3 server and Label Studio.",
-    "demo": "The main job on real photographs, from nothing.",
+    "demo": "Everything from nothing: photographs, then the whole loop on rendered surfaces.",
 }
 
 _MODULES = {"select": "selection"}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Examples:
   winnow select --budget 500
   winnow select --budget 500 --task objects --policy mixed --dry-run
+  winnow select --budget 150 --audit-share 1              # an audit alone, for winnow accept
   winnow select --budget 100 --json | jq .reasons
   winnow query "SELECT rank, reason, score, uri FROM queue_waiting WHERE NOT audit ORDER BY round, rank LIMIT 20"
 """
@@ -26,12 +27,20 @@ Examples:
 @click.option("--budget", type=int, required=True, help="How many images people can look at, audit images included.")
 @click.option("--task", help="The classification or segmentation task; the only one of winnow.toml by default.")
 @click.option("--policy", help="A [policies.NAME] section of winnow.toml; the one of [select] by default.")
+@click.option("--audit-share", type=float, help="Share of the budget from the audit reserve; 1 for an audit alone.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides what is random, and between equals.")
 @click.option("--dry-run", is_flag=True, help="Choose, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_obj
 def command(
-    call: Call, budget: int, task: str | None, policy: str | None, seed: int, dry_run: bool, as_json: bool
+    call: Call,
+    budget: int,
+    task: str | None,
+    policy: str | None,
+    audit_share: float | None,
+    seed: int,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Choose the images that people should see next, the most useful first, and queue them for review.
 
@@ -40,7 +49,9 @@ def command(
     the audit reserve, to be labelled blind. Each call is a round of its own in the table `queue`; the view
     queue_waiting shows what nobody has answered yet.
     """
-    result = call.workspace.select(budget, task=task, policy=policy, seed=seed, dry_run=dry_run)
+    result = call.workspace.select(
+        budget, task=task, policy=policy, audit_share=audit_share, seed=seed, dry_run=dry_run
+    )
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(result)))
     else:

@@ -1,0 +1,1 @@
+"""The demo: the main job on photographs, then the whole loop on rendered surfaces."""
