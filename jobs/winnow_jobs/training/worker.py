@@ -172,7 +172,8 @@ class _Worker:
         return self._finish()
 
     def _num_val_steps(self) -> int:
-        return int(math.ceil(self.num["val"] / (self.batch * self.world)))
+        num: int = math.ceil(self.num["val"] / (self.batch * self.world))
+        return num
 
     def _chunks(self) -> Iterator[dict[str, Any]]:
         """What this worker looks at from here on."""
