@@ -8,14 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from numpy.typing import NDArray
 
 import workspaces as ws
 from delta_tables import HandMade, at
 from model_versions import make_version
 from winnow.errors import CallError
 from winnow.intervals import paired_difference, wilson
+from winnow.mask_files import write_png
+from winnow.masks import encode_classes
+from winnow.metrics import confusion, segmentation_metrics
 from winnow_jobs import Workspace
 from winnow_jobs.cli.main import cli
 from winnow_jobs.evaluate import slices
@@ -93,7 +98,7 @@ class Compared:
         return self.workspace.warehouse.registry.production(TASK)
 
     def num_runs(self, job: str) -> int:
-        return self.workspace.query(f"SELECT * FROM runs WHERE job = '{job}'").num_rows
+        return self.workspace.query(f"SELECT * FROM runs WHERE job = '{job}' AND run_id != 'r1'").num_rows
 
     def cli(self, *arguments: str) -> str:
         return (
@@ -363,3 +368,149 @@ def test_predictions_of_former_versions_stay_and_the_newest_are_shown(compared: 
     ).to_pylist()
     assert counted == [{"model": "objects@1", "n": 199}, {"model": "objects@2", "n": 1}]
     assert compared.workspace.query("SELECT * FROM predictions").num_rows == 201
+
+
+def test_killed_before_it_publishes_and_run_again_it_compares_once(
+    compared: Compared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from winnow_connectors.ledger import Run
+
+    class Died(BaseException):
+        pass
+
+    def die(*_: object) -> None:
+        raise Died
+
+    compared.answer("objects@1", wrong=range(40))
+    compared.answer("objects@2")
+    monkeypatch.setattr(Run, "decide", die)
+    with pytest.raises(Died):
+        compared.workspace.evaluate(TASK)
+    monkeypatch.undo()
+    (left,) = compared.workspace.warehouse.ledger.open_runs()
+    with pytest.raises(CallError, match=f"run {left.run_id} wrote nothing that counts; `winnow evaluate` does it anew"):
+        compared.workspace.resume(left.run_id)
+    assert compared.workspace.evaluate(TASK).status == "finished"
+    assert compared.workspace.evaluate(TASK).status == "nothing to do"
+    assert compared.workspace.warehouse.ledger.open_runs() == []
+    assert ws.one(compared.workspace, "SELECT count(*) AS n FROM models WHERE event = 'measured'") == {"n": 1}
+
+
+@pytest.mark.ray
+def test_missing_answers_are_asked_once_and_of_labelled_test_images_alone(tmp_path: Path, ray_session: None) -> None:
+    made = Compared(tmp_path, num_images=0)
+    made.put_into_production("objects@1")
+    for number in range(30):
+        place = tmp_path / "images" / ("test" if number < 20 else "train") / CLASSES[number % 5]
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{number}.jpg").write_bytes(ws.small_jpeg(number))
+    made.workspace.ingest([str(tmp_path / "images")], pattern="{split}/{label}/*", task=TASK)
+    measured = "split = 'test' AND NOT audit"
+    num = ws.one(made.workspace, f"SELECT count(*) AS n FROM current_images WHERE {measured}")["n"]
+    found = made.workspace.evaluate(TASK)
+    assert found.comparison.difference is not None
+    assert (found.comparison.n, found.comparison.difference.value) == (num, 0.0)  # both have the same weights
+    asked = made.workspace.query("SELECT model, count(*) AS n FROM outcomes GROUP BY 1 ORDER BY 1").to_pylist()
+    assert asked == [{"model": "objects@1", "n": num}, {"model": "objects@2", "n": num}]
+    again = made.workspace.evaluate(TASK)
+    assert (again.status, again.comparison) == ("nothing to do", found.comparison)
+    assert (made.num_runs("predict"), made.num_runs("evaluate")) == (2, 1)
+
+
+# --------------------------------------------------------------------------------------------------------------- masks
+
+
+PARTS = ("background", "hole", "rim")
+
+
+def masked(folder: Path, num_images: int) -> tuple[Workspace, dict[str, NDArray[np.int64]]]:
+    """Test images of 40 × 30 with masks in files, and the answers of two versions at half that size.
+
+    Returns:
+        The workspace, and by version what ``confusion`` says of all images.
+    """
+    (folder / "winnow.toml").write_text(
+        '[tasks.parts]\nkind = "segmentation"\nmodel = "torchvision/lraspp_mobilenet_v3_large"\n'
+        f"classes = {json.dumps(PARTS)}\n"
+    )
+    workspace = Workspace(folder / "winnow.toml")
+    workspace.init()
+    tables = HandMade(folder / "warehouse" / "tables", exist=True)
+    for _ in range(2):
+        make_version(
+            *(workspace.warehouse.registry, workspace.warehouse.ledger, "parts"), kind="segmentation", classes=PARTS
+        )
+    random = np.random.default_rng(0)
+    totals = {f"parts@{number}": np.zeros((3, 3), dtype=np.int64) for number in (1, 2)}
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ("images", "labels", "outcomes", "segments")}
+    for n in range(num_images):
+        small_HW = random.integers(0, 3, (3, 4)).repeat(5, axis=0).repeat(5, axis=1).astype(np.uint8)
+        truth_HW = small_HW.repeat(2, axis=0).repeat(2, axis=1)
+        truth_HW[0, :] = 255  # nobody said what this is
+        (folder / f"{n}.png").write_bytes(write_png(truth_HW, PARTS))
+        said = json.dumps({"mask": str(folder / f"{n}.png")})
+        rows["images"].append({"image_id": image_id(n), "split": "test", "group": f"g{n}"})
+        rows["labels"].append(
+            {"image_id": image_id(n), "task": "parts", "event": "imported", "origin": "imported", "audit": False}
+            | {"value": said}
+        )
+        for model, share in (("parts@1", 0.4), ("parts@2", 0.1)):
+            answer_HW = np.where(random.random(small_HW.shape) < share, random.integers(0, 3, small_HW.shape), small_HW)
+            key = {"image_id": image_id(n), "task": "parts", "model": model}
+            rows["outcomes"].append({**key, "width": 40, "height": 30})
+            rows["segments"] += [
+                {**key, "label": PARTS[found.value], "rle": found.rle}
+                for found in encode_classes(answer_HW.astype(np.uint8))
+            ]
+            totals[model] += confusion(truth_HW, answer_HW.repeat(2, axis=0).repeat(2, axis=1), 3, void=255)
+    for table, found in rows.items():
+        tables.add_rows(table, found)
+    workspace.warehouse.registry.promote("parts@1")
+    return workspace, totals
+
+
+def test_masks_are_compared_pixel_by_pixel_at_the_size_of_their_images(tmp_path: Path) -> None:
+    workspace, totals = masked(tmp_path, 24)
+    found = workspace.evaluate("parts", by=["width"])
+    comparison = found.comparison
+    assert (comparison.measure, comparison.n, found.candidate) == ("mean_iou", 24, "parts@2")
+    assert comparison.baseline is not None
+    assert comparison.difference is not None
+    for model, measured in (("parts@1", comparison.baseline), ("parts@2", comparison.candidate)):
+        expected = segmentation_metrics(totals[model], PARTS, 24)
+        assert measured.score.value == pytest.approx(expected["mean_iou"])
+        assert {name: each.score for name, each in measured.classes.items()} == pytest.approx(
+            {name: each["iou"] for name, each in expected["classes"].items()}
+        )
+        assert measured.score.low < measured.score.value < measured.score.high
+    assert 0.0 < comparison.difference.low < comparison.difference.value < comparison.difference.high
+    assert [(each.column, each.value, each.n) for each in found.slices] == [("width", "40", 24)]
+    again = workspace.evaluate("parts")
+    assert (again.status, again.comparison, again.num_left_out) == ("nothing to do", comparison, 0)
+    move = workspace.promote("parts@2")
+    assert "mean IoU +" in move.why
+    output = (
+        CliRunner()
+        .invoke(cli, ["--config", str(workspace.config_path), "evaluate", "parts", "--against", "parts@1"])
+        .output
+    )
+    assert "mean IoU of parts@2" in output
+    assert "class\timages\tIoU\tchange\tinterval\n" in output
+
+
+def test_a_mask_that_cannot_be_read_leaves_its_image_out(tmp_path: Path) -> None:
+    workspace, _ = masked(tmp_path, 12)
+    (tmp_path / "3.png").unlink()
+    (tmp_path / "4.png").write_bytes(b"no mask")
+    found = workspace.evaluate("parts")
+    assert (found.comparison.n, found.num_left_out) == (10, 2)
+    assert found.notes == workspace.evaluate("parts").notes
+    assert "2 labelled test images are left out" in found.notes[-1]
+
+
+def test_few_masks_promote_nothing(tmp_path: Path) -> None:
+    workspace, _ = masked(tmp_path, 5)
+    found = workspace.evaluate("parts")
+    assert found.comparison.difference is not None
+    assert (found.comparison.difference.low, found.comparison.difference.high) == (-1.0, 1.0)
+    assert not found.decision.promote
