@@ -422,9 +422,10 @@ def test_a_browser_shows_it_without_network_and_on_every_width(
     photographed: Workspace, chrome: Chrome, pytestconfig: pytest.Config
 ) -> None:
     tables = tables_of(photographed)
-    ids = photographed.query("SELECT image_id FROM current_images ORDER BY uri")["image_id"].to_pylist()
-    tables.add_rows("images", ({"image_id": each, "split": "test", "seen_at": at(10**8)} for each in ids))
-    labels_of(tables, ids, [*["cat"] * 12, *ws.CLASSES, "an extraordinarily-long-name-of-a-class", *["dog"] * 2])
+    rows = photographed.query("SELECT image_id, uri, version, size FROM current_images ORDER BY uri").to_pylist()
+    tables.add_rows("images", ({**row, "split": "test", "seen_at": at(10**8)} for row in rows))
+    names = [*["cat"] * 12, *ws.CLASSES, "an extraordinarily-long-name-of-a-class", *["dog"] * 2]
+    labels_of(tables, [row["image_id"] for row in rows], names)
     page = Path(photographed.report().path)
     assert pytestconfig.cache is not None
     pictures = pytestconfig.cache.mkdir("screenshots")
@@ -438,7 +439,9 @@ def test_a_browser_shows_it_without_network_and_on_every_width(
             base64.b64decode(chrome.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})["data"])
         )
         assert chrome.execute_script("return document.documentElement.scrollWidth") <= width
-        assert chrome.execute_script("return [...document.images].every(each => each.naturalWidth > 0)")
+        widths = chrome.execute_script("return [...document.images].map(each => each.naturalWidth)")
+        assert len(widths) == 19
+        assert min(widths) > 100
         ground = chrome.execute_script("return getComputedStyle(document.body).backgroundColor")
         assert (max(map(int, re.findall(r"\d+", ground))) < 64) == (scheme == "dark")
     assert chrome.get_log("browser") == []

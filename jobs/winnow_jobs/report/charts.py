@@ -232,7 +232,7 @@ def confusion_map(measured: Measured) -> Markup:
     if any(None in pair for pair in measured.cells):
         names.append(None)
     num = len(names)
-    room, cell = 110.0, 14.0
+    room, cell = 124.0, 14.0
     width = room + num * cell + 6
     height = room + num * cell + 6
     marks = []
@@ -251,7 +251,7 @@ def confusion_map(measured: Measured) -> Markup:
         for column, answer in enumerate(names):
             count = measured.cells.get((said, answer), 0)
             if count:
-                style = "right" if row == column and said is not None else "wrong"
+                style = "wrong" if row != column else "right" if said is not None else "other"
                 other = "all others" if answer is None else answer
                 marks.append(
                     f'<rect class="cell {style}" x="{room + column * cell:.0f}" y="{y:.0f}" width="{cell - 1}" '

@@ -111,7 +111,7 @@ class Measured:
         curve: error against coverage.
         classes: the most frequent first.
         cells: images by label and answer; None stands for every class that is not among ``names``.
-        names: classes of the confusion matrix.
+        names: classes of the confusion matrix, as winnow.toml has them, then by name.
         mistakes: label, answer, images; the most frequent first.
     """
 
@@ -349,7 +349,9 @@ def _task(workspace: Workspace, engine: QueryEngine, name: str) -> TaskReport:
         num_answered=sum(cell.num for cell in cells),
         labels=labels,
         histogram=_histogram(cells),
-        measured=_measured(engine, name, model, cells) if is_class and model is not None else None,
+        measured=_measured(engine, name, model, config.classes or (), cells)
+        if is_class and model is not None
+        else None,
         looks=_looks(workspace, engine, name) if is_class else (),
         slices=_slices(workspace, name) if model is not None and labels.get("test") else (),
         versions=tuple(_point(version) for version in reversed(registry.versions(name))),
@@ -433,7 +435,9 @@ def _histogram(cells: Sequence[_Cell]) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def _measured(engine: QueryEngine, task: str, model: str, cells: Sequence[_Cell]) -> Measured | None:
+def _measured(
+    engine: QueryEngine, task: str, model: str, order: Sequence[str], cells: Sequence[_Cell]
+) -> Measured | None:
     known = [cell for cell in cells if cell.right is not None]
     num = sum(cell.num for cell in known)
     if not num:
@@ -486,6 +490,7 @@ def _measured(engine: QueryEngine, task: str, model: str, cells: Sequence[_Cell]
     labelled, answered, found = (
         {row["said"]: row["num"] for row in part(name)} for name in ("labelled", "answered", "right")
     )
+    places = {name: place for place, name in enumerate(order)}
     every = sorted(labelled.keys() | answered.keys(), key=lambda name: (-labelled.get(name, 0), name))
     return Measured(
         accuracy=_share(sum(cell.num for cell in known if cell.right), num),
@@ -496,7 +501,9 @@ def _measured(engine: QueryEngine, task: str, model: str, cells: Sequence[_Cell]
             ClassRow(name, labelled.get(name, 0), answered.get(name, 0), found.get(name, 0)) for name in every
         ),
         cells={(row["said"], row["label"]): row["num"] for row in part("cell")},
-        names=tuple(sorted(row["said"] for row in part("name"))),
+        names=tuple(
+            sorted((row["said"] for row in part("name")), key=lambda name: (places.get(name, len(places)), name))
+        ),
         mistakes=tuple((row["said"], row["label"], row["num"]) for row in part("mistake")),
     )
 
@@ -595,12 +602,14 @@ def _pictures(
         )
         for row in found.to_pylist():
             segments.setdefault(row["image_id"], []).append((row["label"], row["rle"]))
-    parts: dict[str, list[Picture]] = {"least": [], "most": []}
+    parts: dict[str, dict[str, Picture]] = {"least": {}, "most": {}}
     for row in rows:
-        parts[row.pop("part")].append(Picture(**row, segments=tuple(segments.get(row["image_id"], ()))))
+        part, image_id = row.pop("part"), row["image_id"]
+        parts[part][image_id] = Picture(**row, segments=tuple(segments.get(image_id, ())))
+    most = [each for image_id, each in parts["most"].items() if image_id not in parts["least"]]
     return (
-        tuple(sorted(parts["least"], key=lambda each: (each.confidence, each.image_id))),
-        tuple(sorted(parts["most"], key=lambda each: (-each.confidence, each.image_id))),
+        tuple(sorted(parts["least"].values(), key=lambda each: (each.confidence, each.image_id))),
+        tuple(sorted(most, key=lambda each: (-each.confidence, each.image_id))),
     )
 
 

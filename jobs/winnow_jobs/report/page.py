@@ -147,7 +147,7 @@ def _calibration_says(measured: Measured) -> str:
         else "less sure than it is right"
     )
     return (
-        f"On the test split the model is {side}: mean confidence {charts.percent(mean)}, right "
+        f"On average over the test split the model is {side}: mean confidence {charts.percent(mean)}, right "
         f"{charts.percent(measured.accuracy.value)}. Expected calibration error {measured.ece:.3f}."
     )
 
