@@ -21,6 +21,7 @@ from winnow.config import Kind
 from winnow.errors import CallError
 from winnow_connectors.label_studio import LabelStudio
 from winnow_jobs import services
+from winnow_jobs.cluster import ray_cluster
 from winnow_jobs.daemons import ServiceStatus
 from winnow_jobs.demo.annotator import answer_all, wait_for_person
 from winnow_jobs.demo.surfaces import (
@@ -138,7 +139,10 @@ class Loop:
                 [partial(self._fill, "day-1", 0, sizes.first), partial(self._ingest, "day-1")],
             ),
             Act(f"{sizes.seed_labels} labels, and a test set", [self._write_labels, self._ingest_labels]),
-            Act("the first models", [*self._learn(FLAW), *self._learn(WHERE)]),
+            Act(
+                "the first models",
+                [partial(step, task) for task in (FLAW, WHERE) for step in (self._train, self._promote)],
+            ),
             Act("every image answered: class, mask and vector in one pass", [self._predict]),
             Act(
                 "people see what the models doubt",
@@ -275,15 +279,11 @@ class Loop:
         yield f"{result.version}: {figure} on {test['n']:,} test images, from {result.num_images['train']:,} labels"
 
     def _evaluate(self, task: str) -> Iterator[str]:
-        version = self.workspace.models(task)[0]
-        if version.production:
-            return  # it was promoted before this demo was stopped
         yield f"$ winnow evaluate {task}"
         result = self.workspace.evaluate(task)
-        change, worst = result.comparison.difference, result.slices[:1]
-        if change is not None:
+        if (change := result.comparison.difference) is not None:
             yield f"{change.value:+.3f} ({change.low:+.3f} to {change.high:+.3f}) against {result.against}"
-        for found in worst:
+        for found in result.slices[:1]:
             yield f"worst slice: {found.column} {found.value}, {found.score:.3f} on {found.n:,} images"
 
     def _promote(self, task: str) -> Iterator[str]:
@@ -430,8 +430,11 @@ def play(folder: Path, *, human: bool, first: int = 1, sizes: Sizes | None = Non
     loop = Loop(folder, human=human, sizes=sizes)
     loop.serve()
     tour = Tour(folder / ".winnow" / "demo.json")
-    if not tour.play(loop.acts, first=first):
+    if tour.is_over(loop.acts):
         click.echo("nothing to do: every act was played before")
+    else:
+        with ray_cluster():  # one for all acts, or each job would start its own
+            tour.play(loop.acts, first=first)
     _say_the_end(loop, tour)
 
 
@@ -444,6 +447,7 @@ def _say_the_end(loop: Loop, tour: Tour) -> None:
     for line in (f"the report    {loop.report}", *_log_in(loop.label_studio)):
         click.echo(f"  {line}")
     click.echo(f"  workspace     {loop.folder}; `winnow services down` there ends both servers")
+    click.secho(f"  the acts took {tour.seconds / 60:.1f} minutes", dim=True)
 
 
 def _log_in(status: ServiceStatus) -> list[str]:

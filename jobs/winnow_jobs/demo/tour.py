@@ -48,25 +48,25 @@ class Tour:
         """That all steps took, in this run and in those before."""
         return sum(self._seconds.values())
 
-    def play(self, acts: Iterable[Act], *, first: int = 1) -> bool:
-        """Play what is not done yet; False when all was done.
+    def is_over(self, acts: Iterable[Act]) -> bool:
+        """All of them were played."""
+        return all(key in self._seconds for act in acts for key in _keys(act))
+
+    def play(self, acts: Iterable[Act], *, first: int = 1) -> None:
+        """Play what is not done yet.
 
         Args:
             acts: in their order.
             first: number of the first.
         """
-        played = False
         for number, act in enumerate(acts, start=first):
-            keys = [f"{act.title} {place}" for place, _ in enumerate(act.steps)]
-            if all(key in self._seconds for key in keys):
+            if self.is_over([act]):
                 click.secho(f"{number} · {act.title}: done before", dim=True)
                 continue
-            played = True
             click.secho(f"\n{number} · {act.title}", bold=True)
-            for key, step in zip(keys, act.steps, strict=True):
+            for key, step in zip(_keys(act), act.steps, strict=True):
                 if key not in self._seconds:
                     self._play(key, step)
-        return played
 
     def _play(self, key: str, step: Step) -> None:
         started = time.monotonic()
@@ -83,3 +83,7 @@ class Tour:
         temporary = self._file.with_suffix(".tmp")
         temporary.write_text(json.dumps(self._seconds, indent=1))
         os.replace(temporary, self._file)  # noqa: PTH105  a rename that replaces, whatever the platform
+
+
+def _keys(act: Act) -> list[str]:
+    return [f"{act.title} {place}" for place, _ in enumerate(act.steps)]
