@@ -4,7 +4,7 @@
 
 Each node is a raylet in a network namespace of its own (root), with one CPU as Ray counts, whatever the machine has.
 Every request to the S3 server waits `--delay` seconds in a relay before it is carried on, and each node keeps 4 requests
-in flight, so a node reads at most 4 / delay images per second: what the table calls the ceiling. "images/s" counts from the
+in flight, so a node reads at most 4 / delay images per second: the ceiling. "images/s" counts from the
 first answers on, as `winnow runs show` does.
 """
 

@@ -30,6 +30,9 @@ from winnow_jobs.ports import find_free_port
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(600)]
 
 INFRA = Path(__file__).resolve().parents[2] / "infra"
+AGENT = {"dashboard-agent-listen": 52365, "metrics-export": 8080}
+"""Ports of every node's agent, in the compose file."""
+
 PROGRAMS = Path(sys.executable).parent
 
 
@@ -46,6 +49,7 @@ class Composed:
         self.services: dict[str, dict[str, Any]] = yaml.safe_load(text)["services"]
         self.commands: dict[str, list[str]] = {}
         self.processes: dict[str, psutil.Popen] = {}
+        self.family: set[psutil.Process] = set()
         self.ports: dict[str, int] = {}
 
     def port(self, name: str) -> int:
@@ -90,7 +94,7 @@ class Composed:
             )
 
     def wait_until_healthy(self, service: str) -> None:
-        """Wait until the service's own health check passes; one that ended is started again, as compose does.
+        """Wait until the service's own health check passes; what ended is started again, as compose does.
 
         On a busy machine a node of Ray gives up when its agent takes more than half a minute to start.
         """
@@ -100,19 +104,25 @@ class Composed:
         command = [sys.executable, *(self.here(argument, service) for argument in arguments)]
 
         def is_healthy() -> bool:
-            if self.processes[service].poll() is not None:
-                self._run(service)
+            self._note_family()
+            for each in [each for each, process in self.processes.items() if process.poll() is not None]:
+                self._run(each)
             return subprocess.run(command, capture_output=True, timeout=30, check=False).returncode == 0
 
         ws.wait_until(is_healthy, timeout_s=150, what=f"{service}; see {self.folder / f'{service}.log'}")
 
+    def _note_family(self) -> None:
+        for process in self.processes.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self.family |= {process, *process.children(recursive=True)}
+
     def stop(self) -> None:
-        alive = [process for process in self.processes.values() if process.poll() is None]
-        family = [*alive, *(child for process in alive for child in process.children(recursive=True))]
-        for process in family:
+        """End all that was started, what a service that ended left behind included."""
+        self._note_family()
+        for process in self.family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(family, timeout=20)
+        psutil.wait_procs(self.family, timeout=20)
 
 
 @pytest.fixture(scope="module")
@@ -129,17 +139,15 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Composed]:
             *(f"-{name}.port={services.port(name)}" for name in ("master", "volume", "filer", "admin")),
         )
         head = {"--port": services.port("ray-head 6379"), "--dashboard-port": services.port("ray-head 8265")}
-        head |= {"--metrics-export-port": services.port("ray-head 8080")}
+        head |= {f"--{name}-port": services.port(f"ray-head {port}") for name, port in AGENT.items()}
         services.start(
             "ray-head",
             {name: str(port) for name, port in head.items()}
             | {"--dashboard-host": "127.0.0.1", "--object-store-memory": small},
-            f"--dashboard-agent-listen-port={services.port('ray-head 52365')}",
         )
         services.wait_until_healthy("s3")
         services.wait_until_healthy("ray-head")
-        worker = {"--dashboard-agent-listen-port": services.port("ray-worker 52365")}
-        worker |= {"--metrics-export-port": services.port("ray-worker 8080")}
+        worker = {f"--{name}-port": services.port(f"ray-worker {port}") for name, port in AGENT.items()}
         services.start(
             "ray-worker",
             {name: str(port) for name, port in worker.items()} | {"--num-cpus": "2", "--object-store-memory": small},
