@@ -2,10 +2,10 @@
 
     python bench/nodes.py [--images 1024] [--delay 0.2] [--nodes 1 2 4]
 
-Each node is a raylet in a network namespace of its own (root), with one CPU as Ray counts them, whatever the machine has.
-Every request to the S3 server waits `--delay` seconds in a relay before it is carried on, and each node keeps 4 requests in
-flight, so a node reads at most 4 / delay images per second: what the table calls the ceiling. "images/s" counts from the
-first answers on, as `winnow runs show` does.
+Each node is a raylet in a network namespace of its own (root), with one CPU as Ray counts them. Every request to the S3
+server waits `--delay` seconds in a relay before it is carried on, and each node keeps 4 requests in flight, so a node
+reads at most 4 / delay images per second, which the table calls the ceiling. "images/s" counts from the first answers,
+as `winnow runs show` does.
 """
 
 from __future__ import annotations
