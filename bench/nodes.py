@@ -73,7 +73,8 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4], help="numbers of nodes")
     options = parser.parse_args()
     if reason := Network.why_not():
-        parser.error(reason)
+        echo(f"several nodes are not measured: {reason}")
+        return
     echo(f"{options.images:,} images per node, {options.delay:g} s per request, load {os.getloadavg()[0]:.1f}\n")
     echo("| nodes | images/s | times one node | ceiling |")
     echo("|---|---|---|---|")
