@@ -86,6 +86,7 @@ bench: $(READY) ## measure rates and memory, and print them; with PHOTOS=folder 
 	@$(PY) bench/decoding.py
 	@$(PY) bench/similarity.py
 	@$(PY) bench/selection.py
+	@$(PY) bench/nodes.py
 ifdef PHOTOS
 	@$(PY) bench/predict.py "$(PHOTOS)"
 	@$(PY) bench/predict.py "$(PHOTOS)" --s3

@@ -176,7 +176,7 @@ def execute(
             batch_size=spec.batch_size,
             batch_format="pyarrow",
             zero_copy_batch=True,
-            compute=ActorPoolStrategy(size=resources.num_infer),
+            compute=ActorPoolStrategy(size=min(resources.num_infer, num_chunks)),
             num_cpus=resources.infer_cpus,
             num_gpus=resources.infer_gpus,
         )

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 _CONNECT_TIMEOUT_S = 5.0
+_STARTING_TIMEOUT_S = 60.0
 _ENDING_TIMEOUT_S = 60.0
 _PACKAGES = ("winnow", "winnow_connectors", "winnow_jobs")
 _MARK = "winnow_command"
@@ -126,13 +127,25 @@ class Cluster:
             shutil.copyfile(config_path, working_dir / "winnow.toml")
             # Every word is safe for the shell that runs it; `exec` leaves no shell between Ray and the command.
             command = ["python", "-m", "winnow_jobs.entrypoint", str(retries), "--config", "winnow.toml", *arguments]
-            job_id: str = self._client.submit_job(
-                entrypoint=f"exec {shlex.join(command)}",
-                submission_id=f"winnow-{arguments[0]}-{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}",
-                runtime_env={"working_dir": str(working_dir), "py_modules": _modules(modules)},
-                metadata={_MARK: shlex.join(arguments), "winnow_version": __version__},
-            )
-        return job_id
+            job = {
+                "entrypoint": f"exec {shlex.join(command)}",
+                "submission_id": f"winnow-{arguments[0]}-{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}",
+                "runtime_env": {"working_dir": str(working_dir), "py_modules": _modules(modules)},
+                "metadata": {_MARK: shlex.join(arguments), "winnow_version": __version__},
+            }
+            return self._send(job)
+
+    def _send(self, job: dict[str, Any]) -> str:
+        """Start a job; a cluster that is just starting refuses for a while."""
+        deadline = time.monotonic() + _STARTING_TIMEOUT_S
+        while True:
+            try:
+                job_id: str = self._client.submit_job(**job)
+                return job_id
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(1.0)
 
     def jobs(self) -> list[SubmittedJob]:
         """All jobs that Winnow submitted, the newest first."""

@@ -108,7 +108,7 @@ def desk(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: p
     )
     workspace = Workspace(config)
     workspace.init()
-    num_images = request.getfixturevalue("num_images") if "num_images" in request.fixturenames else 60
+    num_images = request.getfixturevalue("num_images") if "num_images" in request.fixturenames else 600
     ws.fill(workspace, f"s3://{bucket}/images", num_images)
     workspace.ingest([f"s3://{bucket}/images"])
     return Desk(config, workspace, site, tmp_path / "log.txt")
@@ -126,7 +126,7 @@ def test_predict_duplicates_and_select_run_on_all_nodes(desk: Desk) -> None:
     desk.wait_until_at_work(process)
     assert process.wait(400) == 0, desk.log.read_text()[-4000:]
     counts = ws.one(desk.workspace, "SELECT count(*) AS n, count(DISTINCT image_id) AS images FROM outcomes")
-    assert counts == {"n": 120, "images": 60}
+    assert counts == {"n": 1200, "images": 600}
     assert "nothing to do" in desk.submit("predict")
 
     found = json.loads(desk.submit("duplicates", "--json"))

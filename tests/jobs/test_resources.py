@@ -57,6 +57,12 @@ def test_numbers_chosen_by_hand_still_fit(cpus: list[int], num_infer: int, num_d
     assert actors_that_fit(nodes, plan)
 
 
+@pytest.mark.parametrize("num_nodes", [1, 2, 4, 16])
+def test_workers_grow_with_the_nodes(num_nodes: int) -> None:
+    plan = plan_resources([Node(8)] * num_nodes, AUTO)
+    assert (plan.num_infer, plan.num_decode) == (num_nodes, num_nodes)
+
+
 def test_one_gpu_and_sixteen_cpus_give_most_cpus_to_decoding() -> None:
     plan = plan_resources([Node(16, 1)], AUTO)
     assert (plan.num_infer, plan.infer_gpus) == (1, 1.0)

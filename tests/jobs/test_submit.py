@@ -153,7 +153,12 @@ class TestOnACluster:
         desk.workspace.ingest([f"s3://{desk.bucket}/images"])
         log = desk.folder / "log.txt"
         following = ws.start(desk.workspace.config_path, "submit", "predict", log=log, env=desk.environment)
-        ws.wait_until(lambda: bool(cluster.nodes[0].drivers()), timeout_s=120, what="the driver on the cluster")
+        ws.wait_until(
+            lambda: following.poll() is not None or bool(cluster.nodes[0].drivers()),
+            timeout_s=240,
+            what="the driver on the cluster",
+        )
+        assert following.poll() is None, log.read_text()
         following.send_signal(signal.SIGINT)
         assert following.wait(30) == 130
         assert "the job goes on" in log.read_text()
@@ -169,7 +174,7 @@ class TestOnACluster:
 
         again = desk.winnow("submit", "predict", "--retries", "1", "--detach").stdout.strip()
         ws.wait_until(
-            lambda: len(cluster.nodes[0].drivers()) == 2, timeout_s=120, what="the driver below the one that watches it"
+            lambda: len(cluster.nodes[0].drivers()) == 2, timeout_s=240, what="the driver below the one that watches it"
         )
         drivers = {process.pid: process for process in cluster.nodes[0].drivers()}
         (driver,) = [process for process in drivers.values() if process.ppid() in drivers]
