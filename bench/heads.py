@@ -7,6 +7,7 @@ order decides what "the first N labels" are; else it is the order of the names.
 
     python bench/heads.py FOLDER                      # all labels, the first 100, and 100 drawn five times
     python bench/heads.py FOLDER --crop 0.875 --labels 300
+    python bench/heads.py FOLDER --compare 50 100 300 700      # many draws: the head, and its regression alone
 """
 
 from __future__ import annotations
@@ -18,10 +19,19 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from click import echo
 
+from winnow.calibration import expected_calibration_error
+from winnow.metrics import log_loss
+from winnow.models import linear_head
+from winnow.models.references import resolve_backbone
+from winnow.uncertainty import softmax
 from winnow_jobs import Workspace
+from winnow_jobs.heads import HeadJob
+from winnow_jobs.labelled import labelled_images
 
 CONFIG = """
 [tasks.kind]
@@ -31,6 +41,7 @@ classes = {classes}
 [splits]
 audit = 0.0
 """
+SHARES = linear_head.SHARES
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
@@ -60,12 +71,76 @@ def report(what: str, workspace: Workspace, **options: int) -> float:
     """Train, tell the figures, and give the accuracy on the test split."""
     started = time.monotonic()
     result = workspace.train("kind", head=True, **options)
-    test, val = result.metrics["test"], result.metrics["val"]
+    test, val, fit = result.metrics["test"], result.metrics["val"], result.metrics["fit"]
+    calibration = result.metrics["calibration"]["test"]
     echo(
         f"{what:24} test {test['accuracy']:.3f} (macro F1 {test['macro_f1']:.3f}, n {test['n']})  "
-        f"val {val['accuracy']:.3f}  L2 {result.metrics['fit']['l2_strength']:g}  {time.monotonic() - started:.0f} s",
+        f"val {val['accuracy']:.3f}  ECE {calibration['ece_before']:.3f} -> {calibration['ece']:.3f}  "
+        f"log-loss {calibration['log_loss_before']:.3f} -> {calibration['log_loss']:.3f}  "
+        f"L2 {fit['l2_strength']:.3g}, share {fit['lda_share']:g}, shrinkage {fit['lda_shrinkage']}  "
+        f"{time.monotonic() - started:.0f} s",
     )
     return float(test["accuracy"])
+
+
+def features_of(workspace: Workspace) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Features (N, D) and labels (N,) of every split, as a training sees them."""
+    config = workspace.config.task("kind")
+    labels = labelled_images(workspace.query_engine(), "kind", config)
+    backbone = resolve_backbone(config, base_dir=workspace.folder, fetch=workspace.stores.download)
+    classes = config.classes or ()
+    job = HeadJob(workspace, "kind", config.kind, classes, 0, backbone, labels, workspace.config.predict)
+    found: dict[str, list[tuple[np.ndarray, list[int]]]] = {}
+
+    def use(_: object, featured: Any) -> None:
+        numbers = [classes.index(image.row["label"]) for image in featured.images]
+        found.setdefault(featured.images[0].row["split"], []).append((featured.features[0], numbers))
+        job.num_images["train"] += len(numbers)
+
+    job.read(use)
+    return {
+        split: (np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]))
+        for split, parts in found.items()
+    }
+
+
+def compare(workspace: Workspace, sizes: list[int], num_draws: int) -> None:
+    """The head and its regression alone on the same draws; val chooses; judged on the rest of train, and on test."""
+    features = features_of(workspace)
+    (train_ND, train_N), test = features["train"], features["test"]
+    random = np.random.default_rng(0)
+    for size in sizes:
+        found: dict[str, list[list[float]]] = {"regression": [], "head": []}
+        for _ in range(num_draws):
+            order = random.permutation(len(train_N))
+            drawn, rest = order[:size], order[size:]
+            for name, shares in (("regression", ()), ("head", SHARES)):
+                linear_head.SHARES = shares  # type: ignore[assignment]
+                head = linear_head.fit_linear_head(
+                    train_ND[drawn], train_N[drawn], int(train_N.max()) + 1, chooser=features["val"]
+                )
+                figures = []
+                for images_ND, labels_N in ((train_ND[rest], train_N[rest]), test):
+                    probabilities = softmax(head.logits(images_ND) / (head.temperature or 1.0))
+                    figures += [
+                        float((probabilities.argmax(axis=1) == labels_N).mean()),
+                        log_loss(labels_N, probabilities),
+                        expected_calibration_error(probabilities, labels_N),
+                    ]
+                found[name].append([*figures, head.share])
+        for name, rows in found.items():
+            mean = np.mean(rows, axis=0)
+            echo(
+                f"{size:5} labels, {num_draws} draws  {name:10}  rest of train: accuracy {mean[0]:.4f}, log-loss "
+                f"{mean[1]:.4f}, ECE {mean[2]:.4f}  test: {mean[3]:.4f}, {mean[4]:.4f}, {mean[5]:.4f}  "
+                f"share {mean[6]:.2f}"
+            )
+        differences = np.array(found["head"]) - np.array(found["regression"])
+        errors = differences.std(axis=0, ddof=1) / num_draws**0.5
+        echo(
+            "      head - regression, and its standard error: "
+            + ", ".join(f"{d:+.4f} ± {e:.4f}" for d, e in zip(differences.mean(axis=0)[:6], errors, strict=False))
+        )
 
 
 def main() -> None:
@@ -75,11 +150,15 @@ def main() -> None:
     parser.add_argument("--crop", type=float, default=1.0)
     parser.add_argument("--labels", type=int, default=100)
     parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--compare", type=int, nargs="+", metavar="N")
     arguments = parser.parse_args()
     rows = rows_of(arguments.folder.resolve())
     train = [row for row in rows if row["split"] == "train"]
     with tempfile.TemporaryDirectory() as scratch:
         everything = workspace_of(rows, Path(scratch, "all"), arguments.crop)
+        if arguments.compare:
+            compare(everything, arguments.compare, arguments.draws)
+            return
         report(f"all {len(train):,} labels", everything)
         first = train[: arguments.labels] + [row for row in rows if row["split"] != "train"]
         report(f"the first {arguments.labels}", workspace_of(first, Path(scratch, "first"), arguments.crop))

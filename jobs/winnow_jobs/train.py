@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TRAINER = 2
+TRAINER = 3
 """Raised when the same labels give another version than before."""
 
 _READING = ("precision", "scaled_decoding", "max_bytes", "max_pixels")

@@ -97,8 +97,8 @@ def related(num: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_a_share_of_analysis_is_taken_where_it_helps_and_the_layer_is_what_was_chosen() -> None:
-    features, labels = related(90, seed=0)
-    chooser = related(300, seed=1)
+    features, labels = related(60, seed=0)
+    chooser = related(200, seed=1)
     head = fit_linear_head(features, labels, C, chooser=chooser)
     assert head.share in SHARES
     assert head.shrinkage in SHRINKAGES
