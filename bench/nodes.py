@@ -1,6 +1,6 @@
 """How predict grows with the nodes when it waits: images/s on 1, 2 and 4 nodes of a storage that is slow on purpose.
 
-python bench/nodes.py [--images 1024] [--delay 0.2] [--nodes 1 2 4]
+    python bench/nodes.py [--images 1024] [--delay 0.2] [--nodes 1 2 4]
 
 Each node is a raylet in a network namespace of its own (root), with one CPU as Ray counts them. Every request to the
 S3 server waits `--delay` seconds in a relay before it is carried on, and each node keeps 4 requests in flight, so a
