@@ -127,8 +127,11 @@ def labelled_images(
             "'{label}/*'`, or a manifest with the column label or mask)"
         )
     found = found.filter(pc.or_(pc.equal(found["split"], "train"), pc.invert(found["is_copy"])))
-    column = "value" if config.kind == "segmentation" else "label"
-    sure = found.filter(pc.is_valid(found[column]))
+    if config.multiple_choice:
+        said = [classes_said(*pair) is not None for pair in zip(*(found[c].to_pylist() for c in _SAID), strict=True)]
+        sure = found.filter(pa.array(said, pa.bool_()))
+    else:
+        sure = found.filter(pc.is_valid(found["value" if config.kind == "segmentation" else "label"]))
     rows = sure.filter(pc.invert(sure["leaking"]))
     if config.kind == "classification":
         _check_known(rows, task, config)
@@ -141,13 +144,37 @@ def labelled_images(
     )
 
 
+_SAID = ("label", "value")
+
+
+def classes_said(label: str | None, value: str | None) -> list[str] | None:
+    """The classes of an image where it may have several; None when its label says none at all, such as "unsure".
+
+    Args:
+        label: of the table ``labels``: the class, where a person chose exactly one.
+        value: the answer as JSON otherwise: ``{"choices": […]}``, which may be empty.
+    """
+    if label is not None:
+        return [label]
+    try:
+        content = json.loads(value or "null")
+    except (ValueError, RecursionError):
+        return None
+    choices = content.get("choices") if isinstance(content, dict) else None
+    return [str(name) for name in choices] if isinstance(choices, list) else None
+
+
 def _check_known(rows: pa.Table, task: str, config: TaskConfig) -> None:
     """Every label is a class.
 
     Raises:
         CallError: it is not; or the task has no classes.
     """
-    counts = Counter(rows["label"].to_pylist())
+    counts = Counter(
+        name
+        for label, value in zip(rows["label"].to_pylist(), rows["value"].to_pylist(), strict=True)
+        for name in ((classes_said(label, value) or []) if config.multiple_choice else [label])
+    )
     if config.classes is None:
         names = json.dumps(sorted(counts), ensure_ascii=False)
         raise CallError(

@@ -308,6 +308,7 @@ class Infer:
             task.model.classes,
             store_probabilities=task.store_probabilities,
             disagreement_N=disagreement_N,
+            multi_label=task.model.multi_label,
         )
 
 

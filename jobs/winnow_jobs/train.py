@@ -31,7 +31,7 @@ from winnow_jobs.measuring import left_out_sentences, to_safetensors
 from winnow_jobs.training.spec import FineTuneSpec, WorkersDiedError, make_spec
 
 if TYPE_CHECKING:
-    from winnow.config import Kind
+    from winnow.config import TaskConfig
     from winnow_connectors.registry import Version
     from winnow_jobs.workspace import Workspace
 
@@ -105,12 +105,14 @@ def train(
         raise CallError(f"{task} is an embedding, which has nothing to learn from labels")
     if limit_labels is not None and limit_labels < 2:
         raise CallError(f"--limit-labels {limit_labels} is not valid; give a number of at least 2")
+    if head and config.multiple_choice:
+        raise CallError(f"several classes an image are learned by the whole network only; leave out --head for {task}")
     if config.classes is None and config.kind == "segmentation":
         raise CallError(f"tasks.{task} needs classes in winnow.toml: the names of the values in its masks, from 0 on")
     workspace.warehouse.check()
     ledger, registry, work = workspace.warehouse.ledger, workspace.warehouse.registry, train_work(task)
     labels = labelled_images(workspace.query_engine(), task, config, limit=limit_labels, seed=seed)
-    _check_enough(labels, task, config.kind)
+    _check_enough(labels, task, config)
     made_of = {
         "task": task,
         "kind": config.kind,
@@ -198,6 +200,7 @@ def work_off(workspace: Workspace, run: Run) -> TrainResult:
         winnow_version=__version__,
         sha256=hashlib.sha256(trained.weights).hexdigest(),
         run=run.run_id,
+        multi_label=trained.multi_label,
     )
     warnings = (*_left_out(plan.get("left_out", {})), *trained.warnings)
     seconds = {**trained.seconds, "total": time.monotonic() - started}
@@ -237,6 +240,7 @@ class _Trained:
         failures: images left out, by kind of error.
         warnings: one sentence each.
         seconds: by stage.
+        multi_label: as on the card.
     """
 
     model: ResolvedModel
@@ -249,6 +253,7 @@ class _Trained:
     failures: Mapping[str, int]
     warnings: list[str]
     seconds: Mapping[str, float]
+    multi_label: bool = False
 
 
 def _train_head(workspace: Workspace, run: Run, labels: LabelledImages) -> _Trained:
@@ -296,6 +301,7 @@ def _train_whole(workspace: Workspace, run: Run) -> _Trained:
         failures=tuned.failures,
         warnings=[*tuned.warnings, *left_out_sentences(tuned.failures, tuned.examples)],
         seconds=tuned.seconds,
+        multi_label=spec.target == "classes",
     )
 
 
@@ -336,7 +342,7 @@ def _headline(metrics: Mapping[str, Any]) -> str:
     return "measured on no image of the test split"
 
 
-def _check_enough(labels: LabelledImages, task: str, kind: Kind) -> None:
+def _check_enough(labels: LabelledImages, task: str, config: TaskConfig) -> None:
     """Something to learn from.
 
     Raises:
@@ -346,7 +352,7 @@ def _check_enough(labels: LabelledImages, task: str, kind: Kind) -> None:
     if not of_train.num_rows:
         counted = ", ".join(f"{labels.of(split).num_rows:,} {split}" for split in SPLITS)
         raise CallError(f"no image of the train split has a label for {task} (labels: {counted}); label some")
-    if kind == "classification":
+    if config.kind == "classification" and not config.multiple_choice:
         found = sorted(set(of_train["label"].to_pylist()))
         if len(found) < 2:
             raise CallError(

@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 from winnow.config import Kind
 from winnow.masks import box_to_source, encode_classes
 from winnow.schemas import TABLES
-from winnow.uncertainty import confidence, entropy, is_answered, margin, top_k
+from winnow.uncertainty import (
+    confidence,
+    confidence_of_sets,
+    entropy,
+    entropy_of_sets,
+    is_answered,
+    margin,
+    margin_of_sets,
+    top_k,
+)
 
 if TYPE_CHECKING:
     from winnow.models.predictors import MaskAnswer
@@ -54,16 +63,20 @@ def classification_answers(
     *,
     store_probabilities: bool = False,
     disagreement_N: NDArray[np.float32] | None = None,
+    multi_label: bool = False,
 ) -> pa.StructArray:
     """Label, top five, confidence, margin and entropy of every image, as ``CLASSIFICATION_ANSWER`` (N,).
 
     An image whose probabilities are not finite gets null.
 
     Args:
-        probabilities_NC: float32 (N, C), rows add up to one.
+        probabilities_NC: float32 (N, C), rows add up to one, unless ``multi_label``.
         classes: C names.
         store_probabilities: also keep the whole vector of each image.
         disagreement_N: float32 (N,) between views, whose mean the probabilities are; None for one view.
+        multi_label: an image may have several classes, each with a probability of its own. The label is the likeliest
+            one, the measures are about all decisions together, and the vectors are always kept: the classes found are
+            those with a probability of at least 0.5.
     """
     if probabilities_NC.shape[1:] != (len(classes),):
         raise ValueError(f"{len(classes)} classes do not fit probabilities of shape {probabilities_NC.shape}")
@@ -82,16 +95,15 @@ def classification_answers(
             fields=list(top_type.value_type),
         ),
     ).cast(top_type)
-    if store_probabilities:
+    if store_probabilities or multi_label:
         ends = pa.array(np.arange(num + 1, dtype=np.int32) * len(classes))
         vectors = pa.ListArray.from_arrays(ends, pa.array(probabilities_NC.reshape(-1), type=pa.float32()))
     else:
         vectors = pa.nulls(num, CLASSIFICATION_ANSWER.field("probabilities").type)
+    measures = (confidence_of_sets, margin_of_sets, entropy_of_sets) if multi_label else (confidence, margin, entropy)
     columns = [
         names.take(pa.array(best_NK[:, 0])),
-        pa.array(confidence(probabilities_NC), type=pa.float32()),
-        pa.array(margin(probabilities_NC), type=pa.float32()),
-        pa.array(entropy(probabilities_NC), type=pa.float32()),
+        *(pa.array(measure(probabilities_NC), type=pa.float32()) for measure in measures),
         top,
         vectors.cast(CLASSIFICATION_ANSWER.field("probabilities").type),
         pa.nulls(num, pa.float32()) if disagreement_N is None else pa.array(disagreement_N, type=pa.float32()),

@@ -113,8 +113,8 @@ class TaskConfig(_Section):
     multiple_choice: bool = Field(
         False,
         description=(
-            "Classification only: people may choose several classes of an image. Training does not learn from such "
-            "answers yet. Counts when the task's project in Label Studio is made."
+            "Classification only: an image may have several classes. People may choose several, and `winnow train` "
+            "(without --head) learns from that. Counts when the task's project in Label Studio is made."
         ),
     )
     store_probabilities: bool = Field(

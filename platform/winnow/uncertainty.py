@@ -33,6 +33,15 @@ def softmax(logits_NC: Floats) -> Float32s:
     return probabilities_NC
 
 
+def sigmoid(logits_NC: Floats) -> Float32s:
+    """Probability of each class on its own, float32 (N, C). A row with a logit that is not finite is NaN throughout."""
+    from scipy.special import expit
+
+    probabilities_NC = np.asarray(expit(np.asarray(logits_NC, dtype=np.float32)), dtype=np.float32)
+    probabilities_NC[~is_answered(logits_NC)] = np.nan
+    return probabilities_NC
+
+
 def is_answered(probabilities_NC: Floats) -> NDArray[np.bool_]:
     """True for the rows that are finite throughout, bool (N,). The others are failures ``not_finite``."""
     return np.asarray(np.isfinite(probabilities_NC).all(axis=1), dtype=np.bool_)
@@ -80,6 +89,41 @@ def disagreement(probabilities_VNC: Floats) -> Float32s:
     mean_entropy_N = np.mean([_entropy(view_NC) for view_NC in wide_VNC], axis=0)
     # Never negative but for rounding; NaN stays NaN.
     return np.asarray(np.maximum(_entropy(wide_VNC.mean(axis=0)) - mean_entropy_N, 0.0), dtype=np.float32)
+
+
+# ------------------------------------------------------------------------------ where an image may have several classes
+
+
+def confidence_of_sets(probabilities_NC: Floats) -> Float32s:
+    """Probability of the least sure decision, present or not, of an image's classes, float32 (N,), in [0.5, 1]."""
+    return np.asarray(np.maximum(probabilities_NC, 1.0 - probabilities_NC).min(axis=1), dtype=np.float32)
+
+
+def margin_of_sets(probabilities_NC: Floats) -> Float32s:
+    """How far the least sure class is from being as likely present as not: ``min |2p - 1|``, float32 (N,)."""
+    return np.asarray(np.abs(2.0 * probabilities_NC - 1.0).min(axis=1), dtype=np.float32)
+
+
+def entropy_of_sets(probabilities_NC: Floats) -> Float32s:
+    """Entropy of all decisions, taken as independent, in nats, float32 (N,), in [0, C ln 2]."""
+    return np.asarray(_entropy_of_decisions(probabilities_NC).sum(axis=1), dtype=np.float32)
+
+
+def disagreement_of_sets(probabilities_VNC: Floats) -> Float32s:
+    """As ``disagreement``, added up over the decisions about each class, in nats, float32 (N,)."""
+    means_NC = np.mean([_entropy_of_decisions(view_NC) for view_NC in probabilities_VNC], axis=0)
+    of_mean_NC = _entropy_of_decisions(probabilities_VNC.mean(axis=0))
+    return np.asarray(np.maximum((of_mean_NC - means_NC).sum(axis=1), 0.0), dtype=np.float32)
+
+
+def _entropy_of_decisions(probabilities_NC: Floats) -> NDArray[np.float64]:
+    """In nats, (N, C)."""
+    shape = probabilities_NC.shape
+    chances = np.stack([probabilities_NC, 1.0 - probabilities_NC], axis=-1).astype(np.float64)
+    return _entropy(chances.reshape(-1, 2)).reshape(shape)
+
+
+# -------------------------------------------------------------------------------------------------------- likeliest
 
 
 def top_k(probabilities_NC: Floats, k: int) -> tuple[NDArray[np.int64], Float32s]:

@@ -14,6 +14,7 @@ from PIL import Image
 
 import workspaces as ws
 from coloured import COLOURS, configure, ingest, labelled
+from delta_tables import HandMade, at
 from winnow.errors import CallError, OpenRunError, StoppedError
 from winnow_connectors.registry import train_work
 from winnow_jobs import Workspace
@@ -222,3 +223,66 @@ def test_masks_are_learned_with_the_whole_network(tmp_path: Path) -> None:
     assert workspace.predict(tasks=["discs"]).num_answered == 40
     with pytest.raises(CallError, match="not for masks"):
         recipe(workspace, balance="sampling").train("discs", seed=1)
+
+
+# ------------------------------------------------------------------------------------------------------ several classes
+
+
+def several(folder: Path, splits: dict[str, int]) -> Workspace:
+    """Images whose left half has one colour and whose right half another or the same, with both as their classes."""
+    configure(folder)
+    text = (folder / "winnow.toml").read_text()
+    (folder / "winnow.toml").write_text(text.replace("[tasks.alike]", "multiple_choice = true\n[tasks.alike]"))
+    names, said, number = list(COLOURS), {}, 0
+    for split, num in splits.items():
+        (folder / "images" / split).mkdir(parents=True)
+        for _ in range(num):
+            pair = [names[number % 3], names[(number // 3) % 3]]
+            random = np.random.default_rng(number)
+            halves = [random.normal(COLOURS[name], 15, (32, 16, 3)) for name in pair]
+            path = folder / "images" / split / f"{number}.png"
+            Image.fromarray(np.concatenate(halves, axis=1).clip(0, 255).astype(np.uint8)).save(path)
+            said[path.as_uri()] = sorted(set(pair))
+            number += 1
+    workspace = Workspace(folder / "winnow.toml")
+    workspace.ingest([str(folder / "images")], pattern="{split}/*")
+    tables = HandMade(folder / "warehouse" / "tables", exist=True)
+    images = workspace.query("SELECT image_id, uri FROM current_images").to_pylist()
+    tables.add_rows(
+        "labels",
+        (
+            {"image_id": row["image_id"], "task": "colour", "event": "created", "annotator": "ann"}
+            | {"annotation_id": place, "updated_at": at(place)}
+            | {"label": said[row["uri"]][0] if len(said[row["uri"]]) == 1 else None}
+            | {"value": None if len(said[row["uri"]]) == 1 else json.dumps({"choices": said[row["uri"]]})}
+            for place, row in enumerate(images)
+        ),
+    )
+    return workspace
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_several_classes_of_an_image_are_learned_and_answered(tmp_path: Path) -> None:
+    workspace = recipe(
+        several(tmp_path, {"train": 54, "val": 54, "test": 18}), epochs=15, patience=0, balance="weights"
+    )
+    with pytest.raises(CallError, match="leave out --head"):
+        workspace.train("colour", head=True)
+    made = workspace.train("colour")
+    assert dict(made.num_images) == {"train": 54, "val": 54, "test": 18}
+    test = made.metrics["test"]
+    assert test["macro_f1"] > 0.85
+    assert set(test["classes"]["red"]) == {"n", "precision", "recall", "f1", "average_precision"}
+    assert made.metrics["calibration"]["fitted_on"] == "val"
+    workspace.promote("colour@1", force=True)
+    workspace.predict(tasks=["colour"])
+    rows = workspace.query(
+        "SELECT p.probabilities, p.label, p.confidence, l.label AS said, l.value FROM latest_predictions AS p "
+        "JOIN current_labels AS l USING (image_id) JOIN current_images USING (image_id) WHERE split = 'test'"
+    ).to_pylist()
+    right = 0
+    for row in rows:
+        found = {name for name, share in zip(COLOURS, row["probabilities"], strict=True) if share >= 0.5}
+        right += found == set(json.loads(row["value"])["choices"] if row["value"] else [row["said"]])
+        assert row["confidence"] == pytest.approx(min(max(p, 1 - p) for p in row["probabilities"]))
+    assert right / len(rows) == pytest.approx(test["exact_match"])

@@ -89,7 +89,7 @@ def test_a_card_that_says_anything_unexpected_is_refused_as_a_whole(data: bytes,
 
 
 def test_a_card_without_one_of_its_fields_is_refused() -> None:
-    for name in json.loads(CARD.to_json()):
+    for name in set(json.loads(CARD.to_json())) - {"multi_label"}:  # which is newer than the format
         data = json.loads(CARD.to_json())
         del data[name]
         with pytest.raises(JobError, match=name):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from winnow.metrics import classification_metrics, confusion, segmentation_metrics
+from winnow.metrics import classification_metrics, confusion, multilabel_metrics, segmentation_metrics
 
 CLASSES = ("ant", "bee", "cat", "dog")
 
@@ -61,3 +61,22 @@ def test_figures_of_a_segmentation_worked_out_by_hand() -> None:
 def test_of_nothing_nothing_is_said() -> None:
     assert classification_metrics(np.zeros(0, dtype=np.int64), np.zeros((0, 4)), CLASSES) == {"n": 0}
     assert segmentation_metrics(np.zeros((4, 4), dtype=np.int64), CLASSES, 0) == {"n": 0}
+
+
+def test_metrics_of_several_classes_are_those_of_scikit_learn() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    random = np.random.default_rng(0)
+    labels_NC = random.random((200, 4)) < [0.5, 0.2, 0.05, 0.0]
+    probabilities_NC = np.round(np.clip(0.6 * labels_NC + random.random((200, 4)) * 0.6, 0, 1), 2)  # with ties
+    found = multilabel_metrics(labels_NC, probabilities_NC, ("a", "b", "c", "d"))
+    answers_NC = probabilities_NC >= 0.5
+    assert found["exact_match"] == pytest.approx(metrics.accuracy_score(labels_NC, answers_NC))
+    assert found["classes"]["d"]["recall"] is None
+    for index, name in enumerate("abc"):
+        truth, scores, answers = labels_NC[:, index], probabilities_NC[:, index], answers_NC[:, index]
+        assert found["classes"][name]["average_precision"] == pytest.approx(
+            metrics.average_precision_score(truth, scores)
+        )
+        assert found["classes"][name]["f1"] == pytest.approx(metrics.f1_score(truth, answers))
+        assert measured["n"] == truth.sum()
+    assert multilabel_metrics(labels_NC[:0], probabilities_NC[:0], ("a", "b", "c", "d")) == {"n": 0}

@@ -10,7 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from winnow.uncertainty import Float32s, confidence, disagreement, entropy, is_answered, margin, softmax, top_k
+from winnow.uncertainty import (
+    Float32s,
+    confidence,
+    confidence_of_sets,
+    disagreement,
+    disagreement_of_sets,
+    entropy,
+    entropy_of_sets,
+    is_answered,
+    margin,
+    margin_of_sets,
+    sigmoid,
+    softmax,
+    top_k,
+)
 
 PROBABILITIES = np.array([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3], [0.1, 0.2, 0.7]], dtype=np.float32)
 
@@ -110,3 +124,27 @@ def test_measures_agree_with_sorting(logits: np.ndarray) -> None:
     np.testing.assert_array_equal(scores[:, 0] - scores[:, 1], margin(probabilities))
     assert (entropy(probabilities) <= math.log(num_classes) + 1e-5).all()
     np.testing.assert_array_equal(classes[:, 0], probabilities.argmax(axis=1))
+
+
+# ----------------------------------------------------------------------------- where an image may have several classes
+
+
+def test_measures_of_several_classes_are_about_all_decisions() -> None:
+    probabilities_NC = np.array([[0.9, 0.2, 0.6], [0.5, 1.0, 0.0]], dtype=np.float32)
+    assert confidence_of_sets(probabilities_NC) == pytest.approx([0.6, 0.5])
+    assert margin_of_sets(probabilities_NC) == pytest.approx([0.2, 0.0], abs=1e-6)
+    expected = sum(-p * np.log(p) - (1 - p) * np.log(1 - p) for p in (0.9, 0.2, 0.6))
+    assert entropy_of_sets(probabilities_NC) == pytest.approx([expected, np.log(2)], rel=1e-6)
+
+
+def test_views_that_agree_about_every_class_do_not_disagree() -> None:
+    one = np.array([[0.9, 0.2]], dtype=np.float32)
+    assert disagreement_of_sets(np.stack([one, one])) == pytest.approx([0.0], abs=1e-7)
+    certain = np.array([[[1.0, 0.0]], [[0.0, 0.0]]], dtype=np.float32)  # two views: there, and not there
+    assert disagreement_of_sets(certain) == pytest.approx([np.log(2)], rel=1e-6)
+
+
+def test_sigmoid_is_of_each_logit_and_rows_that_are_not_finite_are_nan() -> None:
+    found = sigmoid(np.array([[0.0, 2.0, -100.0], [1.0, np.inf, 0.0]], dtype=np.float32))
+    assert found[0] == pytest.approx([0.5, 1 / (1 + np.exp(-2)), 0.0], abs=1e-6)
+    assert np.isnan(found[1]).all()

@@ -15,6 +15,7 @@ from winnow.augment import Policy
 from winnow.config import Config, PredictConfig, TrainConfig
 from winnow.errors import CallError, JobError
 from winnow.models.references import ResolvedModel
+from winnow_jobs.labelled import classes_said
 
 if TYPE_CHECKING:
     from winnow.models.fine_tuning import Target
@@ -95,17 +96,9 @@ def targets_of(spec: FineTuneSpec, rows: pa.Table) -> NDArray[Any]:
         return np.array([index[label] for label in rows["label"].to_pylist()], dtype=np.int64)
     targets_NC = np.zeros((rows.num_rows, len(index)), dtype=np.float32)
     for number, (label, value) in enumerate(zip(rows["label"].to_pylist(), rows["value"].to_pylist(), strict=True)):
-        for name in classes_in(label, value):
+        for name in classes_said(label, value) or ():
             targets_NC[number, index[name]] = 1.0
     return targets_NC
-
-
-def classes_in(label: str | None, value: str | None) -> list[str]:
-    """The classes that a label of a task with several says."""
-    if value is None:
-        return [] if label is None else [label]
-    content = json.loads(value)
-    return [str(name) for name in content.get("choices") or ([] if label is None else [label])]
 
 
 def sampling_weights(targets: NDArray[Any]) -> NDArray[np.float64]:

@@ -71,6 +71,7 @@ class Card:
         winnow_version: that made it.
         sha256: of the weights file, hex.
         run: that made it.
+        multi_label: an image may have several of the classes.
         format: of the card.
     """
 
@@ -95,6 +96,7 @@ class Card:
     winnow_version: str
     sha256: str
     run: str
+    multi_label: bool = False
     format: int = CARD_FORMAT
 
     def __post_init__(self) -> None:
@@ -177,6 +179,12 @@ def check_task(card: Card, task: TaskConfig) -> None:
     if card.kind != task.kind:
         raise CallError(
             f"{card.version} answers {card.kind}, but tasks.{card.task}.kind is {task.kind}; choose another version"
+        )
+    if card.multi_label != task.multiple_choice:
+        several = "several classes" if card.multi_label else "one class"
+        raise CallError(
+            f"{card.version} answers {several} an image, but tasks.{card.task}.multiple_choice is "
+            f"{str(task.multiple_choice).lower()}; choose another version, or train one"
         )
     classes = task.classes
     unknown = [name for name in card.classes if classes is not None and name not in classes]

@@ -22,7 +22,7 @@ from winnow.config import Precision
 from winnow.errors import CallError
 from winnow.masks import LabelMap, label_dtype
 from winnow.models.networks import Network, fingerprint
-from winnow.uncertainty import disagreement, softmax
+from winnow.uncertainty import disagreement, disagreement_of_sets, sigmoid, softmax
 
 if TYPE_CHECKING:
     from winnow.augment import Policy
@@ -56,6 +56,12 @@ class MaskAnswer:
     confidence_C: Float32s
     entropy_C: Float32s
     disagreement_C: Float32s | None = None
+
+
+def _probabilities(logits: Tensor, model: ResolvedModel) -> Float32s:
+    """Of each class, float32 (N, C): of one, or where an image may have several, of each on its own."""
+    scaled_NC = logits.float().cpu().numpy() / model.temperature
+    return sigmoid(scaled_NC) if model.multi_label else softmax(scaled_NC)
 
 
 class Predictor:
@@ -133,7 +139,7 @@ class Predictor:
                 elif model.output == "features":
                     found[name].append(normalise(output.float().cpu().numpy()))
                 else:
-                    found[name].append(softmax(output.float().cpu().numpy() / model.temperature))
+                    found[name].append(_probabilities(output, model))
         return {
             name: parts if self.models[name].output == "masks" else np.concatenate(parts)
             for name, parts in found.items()
@@ -183,7 +189,7 @@ class Predictor:
                     elif model.output == "features":
                         answers[name].append(normalise(output.float().cpu().numpy()))
                     else:
-                        answers[name].append(softmax(output.float().cpu().numpy() / model.temperature))
+                        answers[name].append(_probabilities(output, model))
             for name in names:
                 model = self.models[name]
                 if model.output == "masks":
@@ -200,7 +206,9 @@ class Predictor:
             return parts
         answers_VN = np.concatenate(parts, axis=1)
         mean_N = answers_VN.mean(axis=0, dtype=np.float64).astype(np.float32)
-        return normalise(mean_N) if self.models[name].output == "features" else (mean_N, disagreement(answers_VN))
+        if self.models[name].output == "features":
+            return normalise(mean_N)
+        return mean_N, disagreement_of_sets(answers_VN) if self.models[name].multi_label else disagreement(answers_VN)
 
     def outputs(self, images_NHWC: NDArray[np.uint8]) -> dict[str, Float32s]:
         """What the networks answer before softmax and normalisation, by name.

@@ -73,6 +73,7 @@ class ResolvedModel:
         output: ``logits`` of an image, its ``features``, ``masks``; or ``maps``, which only training starts from.
         head: of a file of two parts, backbone and head: ``linear`` or ``pyramid``; empty for a whole network.
         temperature: by which logits are divided before softmax (Guo et al. 2017).
+        multi_label: an image may have several classes: each logit is about one of them.
     """
 
     id: str
@@ -88,6 +89,7 @@ class ResolvedModel:
     output: Output = "logits"
     head: str = ""
     temperature: float = 1.0
+    multi_label: bool = False
 
     @property
     def reference(self) -> str:
@@ -247,6 +249,7 @@ def resolve_card(card: Card, location: str) -> ResolvedModel:
         output=OUTPUTS[card.kind],
         head=card.head,
         temperature=card.temperature,
+        multi_label=card.multi_label,
     )
 
 
