@@ -139,7 +139,7 @@ def test_slices_come_worst_first_and_not_smallest_first() -> None:
     right = np.concatenate([np.zeros(5), np.ones(15), np.arange(400) % 2 == 0, np.ones(598), [0, 0]]).astype(bool)
     values = ["small"] * 20 + ["bad"] * 400 + ["good"] * 590 + ["rare one"] * 5 + ["rare two"] * 5
     found = cut_slices("kind", values, lambda inside: share_right(right[inside]), lambda _: estimate(0.5, 0, 1))
-    assert [each.value for each in found] == ["bad", "small", "(2 values with fewer than 20 images each)", "good"]
+    assert [each.value for each in found] == ["bad", "small", "(2 small values)", "good"]
     assert [each.n for each in found] == [400, 20, 10, 590]
     assert found[0].baseline == 0.5
 
@@ -155,4 +155,4 @@ def test_numbers_are_cut_at_quartiles_and_names_are_not() -> None:
     assert cut([str(n) for n in range(100)]) == cut(list(range(100)))  # metadata is text
     assert cut(["1", "2"] * 30) == [("1", 30), ("2", 30)]
     assert cut(["a", None] * 30) == [("(none)", 30), ("a", 30)]
-    assert cut(["nan", "inf", *map(str, range(20))]) == [("(22 values with fewer than 20 images each)", 22)]
+    assert cut(["nan", "inf", *map(str, range(20))]) == [("(22 small values)", 22)]
