@@ -350,7 +350,7 @@ def cut_slices(
     counts = Counter(names_N.tolist())
     small = [name for name, n in counts.items() if n < LEAST_SLICE]
     if len(small) > 1:
-        together = f"({len(small):,} values with fewer than {LEAST_SLICE} images each)"
+        together = f"({len(small):,} small values)"
         names_N[np.isin(names_N, small)] = together
         counts = Counter(names_N.tolist())
     found = []

@@ -50,7 +50,8 @@ def wilson(num: int, num_of: int, confidence: float = CONFIDENCE) -> Interval:
     z = _z(confidence)
     centre = (num + z * z / 2.0) / (num_of + z * z)
     half = z / (num_of + z * z) * math.sqrt(num * (num_of - num) / num_of + z * z / 4.0)
-    return Interval(max(0.0, centre - half), min(1.0, centre + half))
+    # At the borders it is exact, but for rounding.
+    return Interval(centre - half if num else 0.0, centre + half if num < num_of else 1.0)
 
 
 def _z(confidence: float) -> float:

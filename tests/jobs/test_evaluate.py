@@ -182,7 +182,7 @@ def test_slices_show_where_the_candidate_is_worst(compared: Compared) -> None:
         *("1,000 – 1,049", "1,050 – 1,099", "1,100 – 1,149", "1,150 – 1,199")
     }
     grouped = compared.workspace.evaluate(TASK, by=["group"]).slices
-    assert [(each.value, each.n) for each in grouped] == [("(200 values with fewer than 20 images each)", 200)]
+    assert [(each.value, each.n) for each in grouped] == [("(200 small values)", 200)]
     with pytest.raises(CallError, match=r"column 'lens' is unknown; the images can be cut by folder, .*, camera"):
         compared.workspace.evaluate(TASK, by=["lens"])
     # What is in production, for the report: without a comparison, and without asking anything.

@@ -83,7 +83,8 @@ def print_result(result: EvaluateResult, *, all_slices: bool = False) -> None:
         print_table(pa.Table.from_pylist([_slice_row(each, comparison) for each in shown]))
     click.echo()
     if result.decision.doubtful:
-        click.echo(f"note: too few images to tell from chance: {', '.join(result.decision.doubtful)} got worse")
+        names = ", ".join(result.decision.doubtful)
+        click.echo(f"note: {names} got worse, but on too few images to tell that from chance")
     if result.decision.promote:
         click.echo(f"may be promoted: {'; '.join(result.decision.reasons)}")
         click.echo(f"next: winnow models promote {result.candidate}")
