@@ -193,7 +193,8 @@ def test_jobs_run_on_the_composed_services_and_tell_metrics_and_logs(composed: C
             patch.setenv(name, composed.secrets[name])
         ws.check_conserved(workspace, 41, num_failed=1)
 
-    told = [json.loads(line) for line in done.stderr.splitlines()]
+    # Ray's C++ part says something of its own between.
+    told = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
     assert told[-1]["run_id"] == result["run_id"]
     assert told[-1]["job"] == "predict"
 
@@ -232,9 +233,7 @@ def check_metrics(port: int) -> None:
 
 
 def test_without_the_token_nobody_gets_in(composed: Composed, workspace: Workspace) -> None:
-    done = winnow(composed, "ingest", "s3://images/", "--json", RAY_AUTH_TOKEN=secrets.token_hex(32))
-    assert done.returncode == 0  # it needs no cluster
-    done = winnow(composed, "predict", "--retry-failures", "--json", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    done = winnow(composed, "predict", "--retry-failures=all", RAY_AUTH_TOKEN=secrets.token_hex(32))
     assert done.returncode == 2
     assert "its token is missing or wrong" in done.stderr
     with pytest.raises(urllib.error.HTTPError, match="401"):
