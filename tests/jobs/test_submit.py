@@ -178,7 +178,6 @@ class TestOnACluster:
         )
         drivers = {process.pid: process for process in cluster.nodes[0].drivers()}
         (driver,) = [process for process in drivers.values() if process.ppid() in drivers]
-        time.sleep(3)
         driver.kill()
         done = desk.winnow("jobs", "logs", again, "--follow")
         assert "was killed by signal 9; running it again" in done.stderr
