@@ -273,7 +273,7 @@ def photographed(tmp_path: Path) -> Workspace:
     pixels = np.zeros((400, 600, 3), np.uint8)
     pixels[:, :300] = 255
     Image.fromarray(pixels).save(folder / f"{SECRET}-0.jpg", exif=exif)
-    workspace = Workspace(ws.write_config(tmp_path))
+    workspace = Workspace(ws.write_config(tmp_path, predict="[splits]\naudit = 0.0"))  # all may be shown
     workspace.init()
     workspace.ingest([str(folder)])
     (folder / f"{SECRET}-1.jpg").unlink()
@@ -313,7 +313,7 @@ def test_masks_are_drawn_on_the_thumbnails(tmp_path: Path) -> None:
     config.write_text(
         config.read_text()
         + '[tasks.parts]\nkind = "segmentation"\nmodel = "./small.safetensors"\narchitecture = "timm/test_resnet"\n'
-        + 'classes = ["background", "left", "right"]\n'
+        + 'classes = ["background", "left", "right"]\n[splits]\naudit = 0.0\n'
     )
     (tmp_path / "images").mkdir()
     Image.new("RGB", (200, 100), (128, 128, 128)).save(tmp_path / "images" / "grey.png")
