@@ -78,5 +78,5 @@ def test_metrics_of_several_classes_are_those_of_scikit_learn() -> None:
             metrics.average_precision_score(truth, scores)
         )
         assert found["classes"][name]["f1"] == pytest.approx(metrics.f1_score(truth, answers))
-        assert measured["n"] == truth.sum()
+        assert found["classes"][name]["n"] == truth.sum()
     assert multilabel_metrics(labels_NC[:0], probabilities_NC[:0], ("a", "b", "c", "d")) == {"n": 0}
