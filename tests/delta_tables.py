@@ -46,6 +46,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "accepted": {
         "task": "kind", "model": "kind@1", "threshold": 0.9, "bound": 0.01, "audit_snapshot": "a", "at": at(0),
     },
+    "models": {"task": "kind", "at": at(0)},
     "runs": {
         "job": "predict", "status": "finished", "started_at": at(0), "config": "{}", "digest": "d", "code_version": "0",
     },

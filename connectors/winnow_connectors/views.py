@@ -18,11 +18,17 @@ seen AS (
 
 _CURRENT = "event IN ('added', 'changed')"
 
-_NEWEST_PREDICTION = """
+_OF_PRODUCTION = """
+CASE WHEN p.version IS NULL OR p.version = task || '@base' THEN NOT starts_with(model, task || '@')
+    ELSE split_part(model, '+', 1) = p.version END"""
+"""Whether an answer is of the version in production, alone or as a mean over views: ``garment@2+mild.1a2b3cx4``."""
+
+_NEWEST_PREDICTION = f"""
 newest AS (
-    SELECT predictions.* FROM predictions JOIN finished USING (run)
+    SELECT predictions.* FROM predictions JOIN finished USING (run) LEFT JOIN production AS p USING (task)
     QUALIFY row_number() OVER (
-        PARTITION BY image_id, task ORDER BY run_finished_at DESC, predictions."at" DESC, model
+        PARTITION BY image_id, task
+        ORDER BY {_OF_PRODUCTION} DESC, run_finished_at DESC, predictions."at" DESC, model
     ) = 1
 )"""
 
@@ -64,6 +70,13 @@ SELECT f.image_id, s.uri, f.task, f.model, f.stage, f.error, f.message, f.retrya
     f.width, f.height, f.run, f."at", coalesce(s.{_CURRENT}, false) AS current
 FROM failed AS f LEFT JOIN seen AS s USING (image_id)
 """,
+    "production": f"""
+WITH {_FINISHED}
+SELECT m.task, m.version, m.event, m.run, m."at" FROM models AS m SEMI JOIN finished USING (run)
+WHERE m.event IN ('promoted', 'rolled_back')
+QUALIFY row_number() OVER (PARTITION BY m.task ORDER BY m."at" DESC) = 1
+""",
+    # Of the version in production, as far as it answered: an evaluation of another one changes nothing that is shown.
     "latest_predictions": f"""
 WITH {_FINISHED}, {_LAST_SEEN}, {_NEWEST_PREDICTION}
 SELECT n.image_id, s.uri, n.task, n.model, n.label, n.confidence, n.margin, n.entropy, n.top5, n.probabilities,
@@ -74,8 +87,11 @@ FROM newest AS n LEFT JOIN seen AS s USING (image_id)
     "latest_segments": f"""
 WITH {_FINISHED}, {_LAST_SEEN},
 newest AS (
-    SELECT segments.* FROM segments JOIN finished USING (run)
-    QUALIFY rank() OVER (PARTITION BY image_id, task ORDER BY run_finished_at DESC, segments."at" DESC, model) = 1
+    SELECT segments.* FROM segments JOIN finished USING (run) LEFT JOIN production AS p USING (task)
+    QUALIFY rank() OVER (
+        PARTITION BY image_id, task
+        ORDER BY {_OF_PRODUCTION} DESC, run_finished_at DESC, segments."at" DESC, model
+    ) = 1
 )
 SELECT n.image_id, s.uri, n.task, n.model, n.label, n.area_share, n.confidence, n.entropy, n.disagreement, n.box, n.rle,
     n.run, n."at", coalesce(s.{_CURRENT}, false) AS current
@@ -173,12 +189,6 @@ SELECT q.image_id, s.uri, q.task, q.round, q.model, q.reason, q.score, q.rank, q
     coalesce(s.{_CURRENT}, false) AS current
 FROM queue AS q SEMI JOIN finished USING (run) LEFT JOIN seen AS s USING (image_id)
 WHERE NOT EXISTS (FROM answered AS a WHERE a.image_id = q.image_id AND a.task = q.task AND a.round >= q.round)
-""",
-    "production": f"""
-WITH {_FINISHED}
-SELECT m.task, m.version, m.event, m.run, m."at" FROM models AS m SEMI JOIN finished USING (run)
-WHERE m.event IN ('promoted', 'rolled_back')
-QUALIFY row_number() OVER (PARTITION BY m.task ORDER BY m."at" DESC) = 1
 """,
     "model_versions": f"""
 WITH {_FINISHED},

@@ -171,6 +171,27 @@ def test_the_last_imported_label_counts_and_people_beat_it(warehouse: HandMade) 
     assert label_of(warehouse) == [("fox", "label_studio")]
 
 
+@pytest.mark.parametrize(
+    ("production", "shown"),
+    [([], "plain"), (["kind@1"], "one"), (["kind@1", "kind@2"], "two"), (["kind@1", "kind@base"], "plain")],
+)
+def test_what_is_shown_is_of_the_version_in_production(warehouse: HandMade, production: list[str], shown: str) -> None:
+    warehouse.add("images", image_id="a")
+    warehouse.add("images", image_id="b")
+    answers = [("torchvision/net", "plain"), ("kind@1+mild.abcx4", "one"), ("kind@2", "two"), ("kind@12", "other")]
+    for number, (model, label) in enumerate(answers, start=2):  # the last one to answer was never promoted
+        warehouse.run(f"r{number}", finished=number)
+        warehouse.add("predictions", image_id="a", model=model, label=label, run=f"r{number}")
+        rle = {"size": [1, 1], "counts": "1"}
+        warehouse.add("segments", image_id="a", task="kind", model=model, label=label, rle=rle, run=f"r{number}")
+    warehouse.add("predictions", image_id="b", model="kind@12", label="other", run="r5")
+    for minute, version in enumerate(production):
+        warehouse.add("models", task="kind", version=version, event="promoted", at=at(minute))
+    assert warehouse.rows("SELECT image_id, label FROM latest_predictions ORDER BY 1") == [("a", shown), ("b", "other")]
+    assert warehouse.rows("SELECT label FROM latest_segments") == [(shown,)]
+    assert warehouse.rows("SELECT label FROM results WHERE image_id = 'a' AND task = 'kind'")[0] == (shown,)
+
+
 def test_of_one_annotator_the_newest_counts(warehouse: HandMade) -> None:
     for label, minute in (("cat", 5), ("dog", 6), ("fox", 4)):
         warehouse.add("labels", image_id="a", label=label, annotator="ann", updated_at=at(minute))
@@ -309,7 +330,7 @@ def test_only_the_tables_of_the_statement_are_opened_and_runs_first(warehouse: H
     assert warehouse.opened == []
     engine.sql("SELECT (SELECT count(*) FROM results), (SELECT count(*) FROM queue)")
     assert warehouse.opened[0] == "runs"
-    assert sorted(warehouse.opened) == ["accepted", "images", "labels", "predictions", "queue", "runs"]
+    assert sorted(warehouse.opened) == ["accepted", "images", "labels", "models", "predictions", "queue", "runs"]
 
 
 @pytest.mark.parametrize(
