@@ -19,6 +19,7 @@ import click
 
 from winnow.config import Kind
 from winnow.errors import CallError
+from winnow.evaluation import MEASURES
 from winnow_connectors.label_studio import LabelStudio
 from winnow_jobs import services
 from winnow_jobs.cluster import ray_cluster
@@ -282,7 +283,8 @@ class Loop:
         yield f"$ winnow evaluate {task}"
         result = self.workspace.evaluate(task)
         if (change := result.comparison.difference) is not None:
-            yield f"{change.value:+.3f} ({change.low:+.3f} to {change.high:+.3f}) against {result.against}"
+            name, interval = MEASURES[result.comparison.measure], f"{change.low:+.3f} to {change.high:+.3f}"
+            yield f"{name} {change.value:+.3f} ({interval}) against {result.against}, on the same test images"
         for found in result.slices[:1]:
             yield f"worst slice: {found.column} {found.value}, {found.score:.3f} on {found.n:,} images"
 
@@ -332,9 +334,9 @@ class Loop:
             yield "chosen before"
             return
         result = self.workspace.select(budget, task=task, audit_share=None if task == FLAW else 0.0)
-        reasons = ", ".join(f"{count} by {name.replace('_', ' ')}" for name, count in result.reasons.items())
-        blind = f", {result.num_audit} for the blind audit" if result.num_audit else ""
-        yield f"{result.num_chosen:,} of {result.num_candidates:,}: {reasons}{blind}"
+        reasons = [f"{count} by {name.replace('_', ' ')}" for name, count in result.reasons.items() if count]
+        reasons += [f"{result.num_audit} for the blind audit"] if result.num_audit else []
+        yield f"{result.num_chosen:,} chosen: {', '.join(reasons)}; {result.num_candidates:,} were possible"
 
     def _select_audit(self) -> Iterator[str]:
         (known,) = self.workspace.query(
@@ -389,7 +391,7 @@ class Loop:
     def _pull(self, task: str) -> Iterator[str]:
         yield f"$ winnow review pull --task {task}"
         for result in self.workspace.pull(task=task):
-            yield f"{result.task}: {result.num_created:,} answers, {result.num_corrected:,} correct the model"
+            yield f"{result.num_created:,} answers, {result.num_corrected:,} of them correct the model"
 
     def _accept(self) -> Iterator[str]:
         yield f"$ winnow accept {FLAW} --max-error 0.1"
@@ -406,10 +408,9 @@ class Loop:
         """Accuracy on the test split by number of labels, of every version."""
         lines = []
         for version in reversed(self.workspace.models(FLAW)):
-            test, labels = version.metrics["test"], version.metrics["train"]["n"]
-            lines.append(
-                f"{version.name:8} {labels:>5,} labels  {'█' * round(40 * test['accuracy']):40}  {test['accuracy']:.3f}"
-            )
+            accuracy, labels = version.metrics["test"]["accuracy"], version.metrics["train"]["n"]
+            mark = "  in production" if version.production else ""
+            lines.append(f"{version.name:8} {labels:>5,} labels  {'█' * round(40 * accuracy):40}  {accuracy:.3f}{mark}")
         return lines
 
 

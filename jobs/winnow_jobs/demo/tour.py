@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class Tour:
             if line.startswith("$"):
                 click.secho(line, fg="cyan")
             else:
-                click.echo(f"  {line}")
+                click.echo(textwrap.indent(line, "  "))
         seconds = time.monotonic() - started
         if seconds >= 1:
             click.secho(f"  {seconds:.0f} s", dim=True)
