@@ -227,6 +227,8 @@ class RayCluster:
             options += [f"--temp-dir={self.folder}"]
         environment = {name: os.environ[name] for name in ("HOME", "PYTHONPATH") if name in os.environ}
         environment |= {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
+        # A busy machine answers late, and Ray takes late nodes for dead. One that was killed refuses at once.
+        environment |= {"RAY_health_check_timeout_ms": "60000"}
         with (self.folder / f"node-{len(self.nodes)}.log").open("wb") as log:
             process = subprocess.Popen(
                 [
