@@ -105,6 +105,7 @@ def desk(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: p
         monkeypatch.delenv(name)
     for name, value in (site.keys | site.cluster.client_environment).items():
         monkeypatch.setenv(name, value)
+    assert site.cluster.num_alive() == 2
     bucket = f"b{abs(hash(request.node.name)) % 10**9}"
     site.server.create_bucket(bucket)
     storage = f'[storage."s3://"]\nendpoint = "{site.relay.endpoint}"\nregion = "us-east-1"\n'
