@@ -195,7 +195,7 @@ class RayCluster:
         node = self._start(arguments, machine, host, num_cpus)
         pool, headers = urllib3.PoolManager(retries=False, timeout=5.0), {"Authorization": f"Bearer {self.token}"}
         try:
-            self._wait(lambda: pool.request("GET", f"{self.address}/api/jobs/", headers=headers).status == 200, 60)
+            self._wait(lambda: pool.request("GET", f"{self.address}/api/jobs/", headers=headers).status == 200, 150)
         finally:
             pool.clear()
         return node
@@ -205,7 +205,7 @@ class RayCluster:
         machine, host = self.network.add_machine() if self.network else (None, "127.0.0.1")
         before = self.num_alive()
         node = self._start([f"--address={self.nodes[0].address}:{self.port}"], machine, host, num_cpus)
-        self._wait(lambda: self.num_alive() > before, 60)
+        self._wait(lambda: self.num_alive() > before, 150)
         return node
 
     def num_alive(self) -> int:
@@ -227,6 +227,8 @@ class RayCluster:
             options += [f"--temp-dir={self.folder}"]
         environment = {name: os.environ[name] for name in ("HOME", "PYTHONPATH") if name in os.environ}
         environment |= {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
+        # A busy machine answers late, and Ray takes late nodes for dead. One that was killed refuses at once.
+        environment |= {"RAY_health_check_timeout_ms": "60000", "RAY_raylet_start_wait_time_s": "150"}
         with (self.folder / f"node-{len(self.nodes)}.log").open("wb") as log:
             process = subprocess.Popen(
                 [

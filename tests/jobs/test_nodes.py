@@ -83,12 +83,17 @@ class Desk:
         return ws.start(self.config, "submit", *arguments, log=self.log)
 
     def wait_until_at_work(self, process: subprocess.Popen[bytes]) -> None:
-        """Wait until the workers of every living node read images, and a moment more."""
+        """Wait until workers read images, and every living node has some of the run's workers; and a moment more."""
         nodes = [node for node in self.site.cluster.nodes if node.process.poll() is None]
+
+        def at_work() -> bool:
+            reading = any(node.titled("FetchDecode", ".submit") for node in nodes)
+            return reading and all(node.titled("ray::MapWorker") for node in nodes)
+
         ws.wait_until(
-            lambda: process.poll() is not None or all(node.titled("FetchDecode", ".submit") for node in nodes),
+            lambda: process.poll() is not None or at_work(),
             timeout_s=300,
-            what=f"workers that read on {len(nodes)} nodes",
+            what=f"workers on {len(nodes)} nodes; see {self.log}",
         )
         time.sleep(1)
         assert process.poll() is None, self.log.read_text()[-4000:]
@@ -100,6 +105,7 @@ def desk(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: p
         monkeypatch.delenv(name)
     for name, value in (site.keys | site.cluster.client_environment).items():
         monkeypatch.setenv(name, value)
+    assert site.cluster.num_alive() == 2
     bucket = f"b{abs(hash(request.node.name)) % 10**9}"
     site.server.create_bucket(bucket)
     storage = f'[storage."s3://"]\nendpoint = "{site.relay.endpoint}"\nregion = "us-east-1"\n'
