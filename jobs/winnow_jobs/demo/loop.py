@@ -395,7 +395,11 @@ class Loop:
 
     def _accept(self) -> Iterator[str]:
         yield f"$ winnow accept {FLAW} --max-error 0.1"
-        yield self.workspace.accept(FLAW, max_error=0.1).verdict
+        result = self.workspace.accept(FLAW, max_error=0.1)
+        yield result.verdict
+        if result.audit is not None:
+            found = result.audit.accuracy
+            yield f"by the audit {found.value or 0.0:.1%} of all answers are right ({found.low:.1%} to {found.high:.1%})"
 
     def _report(self) -> Iterator[str]:
         yield "$ winnow report"
