@@ -78,7 +78,7 @@ test-chaos: $(READY) ## kill processes again and again at full size: 20,000 imag
 	@$(PY) -m pytest -m chaos
 
 .PHONY: bench
-bench: $(READY) ## measure rates and memory, and print them; with PHOTOS=folder also predict and its accuracy, with ALIKE=folder duplicates
+bench: $(READY) ## measure rates and memory, and print them; with PHOTOS=folder also predict and its accuracy (of labelled ones, policies and accept), with ALIKE=folder duplicates
 	@echo "bench: measuring (some minutes); leave the machine alone meanwhile"
 	@$(PY) bench/ingest.py
 	@$(PY) bench/query.py
@@ -91,6 +91,10 @@ ifdef PHOTOS
 	@$(PY) bench/predict.py "$(PHOTOS)"
 	@$(PY) bench/predict.py "$(PHOTOS)" --s3
 	@$(PY) bench/precision.py "$(PHOTOS)"
+	@if [ -d "$(PHOTOS)/train" ] && [ -d "$(PHOTOS)/val" ] && [ -d "$(PHOTOS)/test" ]; then \
+	  $(PY) bench/rounds.py "$(PHOTOS)"; \
+	  $(PY) bench/accept.py "$(PHOTOS)"; \
+	fi
 endif
 ifdef ALIKE
 	@$(PY) bench/similarity.py --photos "$(ALIKE)"

@@ -224,20 +224,23 @@ class RayCluster:
         if machine is None:
             options += [f"--ray-client-server-port={find_free_port()}", "--dashboard-agent-listen-port=0"]
         if "--head" in arguments:
-            options += [f"--temp-dir={self.folder}"]
+            options += [f"--temp-dir={self.folder}/ray"]
         environment = {name: os.environ[name] for name in ("HOME", "PYTHONPATH") if name in os.environ}
         environment |= {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
         # A busy machine answers late, and Ray takes late nodes for dead. One that was killed refuses at once.
         environment |= {"RAY_health_check_timeout_ms": "60000", "RAY_raylet_start_wait_time_s": "150"}
+        (self.folder / "ray").mkdir(exist_ok=True)
+        prefix = []
+        if machine is not None:
+            # A disk of its own: where nodes share one, each unpacks a job's files anew under the feet of the others.
+            disk = self.folder / f"disk-{len(self.nodes)}"
+            disk.mkdir()
+            mount = 'mount --bind "$0" "$1" && shift && exec "$@"'
+            inside = ["unshare", "--mount", "sh", "-c", mount, str(disk), str(self.folder / "ray")]
+            prefix = ["ip", "netns", "exec", machine, *inside]
         with (self.folder / f"node-{len(self.nodes)}.log").open("wb") as log:
             process = subprocess.Popen(
-                [
-                    *(["ip", "netns", "exec", machine] if machine else []),
-                    str(BIN / "ray"),
-                    "start",
-                    *arguments,
-                    *options,
-                ],
+                [*prefix, str(BIN / "ray"), "start", *arguments, *options],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment | self.environment,

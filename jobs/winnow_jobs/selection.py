@@ -323,36 +323,66 @@ def _look_and_choose(workspace: Workspace, call: SelectCall) -> _Selected:
     with _timed(seconds, "vectors"):
         covered = _cover(workspace, call, candidates, references, ties_N)
     with _timed(seconds, "choosing"):
-        taken_N = candidates.same_as(references)
-        hashes = (candidates.bytes_N, candidates.pixels_N)
-        repeats = Repeats(hashes)
-        if covered is not None:
-            taken_N[covered.indices_M[covered.coverage.near_M]] = True
-            repeats = Repeats(hashes, covered.coverage, covered.rows_N)
-        counts_C = np.bincount(references.classes_N[references.classes_N >= 0], minlength=len(labels))
-        strategies: dict[str, Strategy] = {}
-        for name in call.shares:
-            if name in SCORES:
-                strategies[name] = Ranking(SCORES[name](candidates.numbers[COLUMNS[name]]), ties_N)
-            elif name == "random":
-                strategies[name] = Ranking(np.zeros(num), ties_N)
-            elif name == "class_balance":
-                strategies[name] = Balance(candidates.classes_N, counts_C, ties_N)
-            elif covered is not None:
-                strategies[name] = Spread(covered.coverage, covered.indices_M)
         num_wanted = call.budget - len(audit_ids) if call.audit_share < 1.0 else 0
-        choices, num_repeats = choose(strategies, call.shares, num_wanted, taken_N, repeats)
+        choices, num_passed = choose_among(
+            candidates, references, covered, call.shares, num_wanted, ties_N=ties_N, num_classes=len(labels)
+        )
     counts = {
         "round": next_round,
         "chosen": len(choices) + len(audit_ids),
         "audit": len(audit_ids),
         "candidates": num,
-        "repeats": int(taken_N.sum()) + num_repeats,
+        "repeats": num_passed,
         "vectors": 0 if covered is None else len(covered.indices_M),
         **{name: sum(choice.strategy == name for choice in choices) for name in call.shares},
     }
     ids = [candidates.ids_N[choice.index].decode() for choice in choices]
     return _Selected(ids, choices, audit_ids, counts, seconds)
+
+
+def choose_among(
+    candidates: Images,
+    references: Images,
+    covered: Covered | None,
+    shares: Mapping[str, float],
+    num: int,
+    *,
+    ties_N: NDArray[np.int64],
+    num_classes: int,
+) -> tuple[list[Choice], int]:
+    """Choose up to ``num`` candidates by a policy, and pass over what repeats a reference or an earlier choice.
+
+    Args:
+        candidates: with the numbers that the policy's strategies look at.
+        references: what people know already.
+        covered: the candidates' vectors; None without any, and then without diversity.
+        shares: of the strategies.
+        num: how many.
+        ties_N: a random permutation, for chance and between equals.
+        num_classes: C; classes are numbered from 0 on.
+
+    Returns:
+        The choices, the most useful first, and how many candidates were passed over.
+    """
+    taken_N = candidates.same_as(references)
+    hashes = (candidates.bytes_N, candidates.pixels_N)
+    repeats = Repeats(hashes)
+    if covered is not None:
+        taken_N[covered.indices_M[covered.coverage.near_M]] = True
+        repeats = Repeats(hashes, covered.coverage, covered.rows_N)
+    counts_C = np.bincount(references.classes_N[references.classes_N >= 0], minlength=num_classes)
+    strategies: dict[str, Strategy] = {}
+    for name in shares:
+        if name in SCORES:
+            strategies[name] = Ranking(SCORES[name](candidates.numbers[COLUMNS[name]]), ties_N)
+        elif name == "random":
+            strategies[name] = Ranking(np.zeros(len(ties_N)), ties_N)
+        elif name == "class_balance":
+            strategies[name] = Balance(candidates.classes_N, counts_C, ties_N)
+        elif covered is not None:
+            strategies[name] = Spread(covered.coverage, covered.indices_M)
+    choices, num_repeats = choose(strategies, shares, num, taken_N, repeats)
+    return choices, int(taken_N.sum()) + num_repeats
 
 
 @contextmanager

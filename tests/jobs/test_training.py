@@ -33,6 +33,17 @@ def recipe(workspace: Workspace, **values: Any) -> Workspace:
     return Workspace(workspace.config_path, num_cpus=2)
 
 
+def again_in(workspace: Workspace, name: str) -> Workspace:
+    """The same images, with the same ids, in a warehouse of their own."""
+    text = workspace.config_path.read_text()
+    other = workspace.folder / f"{name}.toml"
+    other.write_text(f'[warehouse]\nuri = "./{name}"\n{text}')
+    found = Workspace(other, num_cpus=2)
+    found.init()
+    ingest(found)
+    return found
+
+
 def sha256(workspace: Workspace, version: str) -> str:
     return workspace.warehouse.registry.version(version).sha256
 
@@ -73,9 +84,9 @@ def test_a_whole_network_learns_is_measured_and_answers(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("ray_session")
 def test_the_same_seed_gives_the_same_weights_with_two_workers_too(tmp_path: Path) -> None:
     found = []
+    first = labelled(tmp_path, splits=MANY)
     for name, workers in (("a", 2), ("b", 2), ("c", 1)):
-        (tmp_path / name).mkdir()
-        workspace = recipe(labelled(tmp_path / name, splits=MANY), num_workers=workers, epochs=1)
+        workspace = recipe(again_in(first, name), num_workers=workers, epochs=1)
         made = workspace.train("colour")
         assert made.metrics["fit"]["num_workers"] == workers
         found.append((sha256(workspace, "colour@1"), made.metrics["fit"]["curve"][-1]["train_loss"]))
@@ -85,19 +96,15 @@ def test_the_same_seed_gives_the_same_weights_with_two_workers_too(tmp_path: Pat
 
 
 def test_a_killed_driver_costs_nothing_and_a_killed_worker_neither(tmp_path: Path) -> None:
-    whole = tmp_path / "whole"
-    whole.mkdir()
     options = {"epochs": 4, "patience": 0, "checkpoint_s": 0.001}
-    workspace = recipe(labelled(whole, splits=MANY), **options)
+    workspace = recipe(labelled(tmp_path, splits=MANY), **options)
     workspace.train("colour")
     expected = sha256(workspace, "colour@1")
-    killed = tmp_path / "killed"
-    killed.mkdir()
-    workspace = recipe(labelled(killed, splits=MANY), **options)
+    workspace = again_in(workspace, "killed")
 
     def checkpoints() -> int:
         run = workspace.warehouse.ledger.last_claim(train_work("colour"))
-        folder = workspace.folder / "warehouse" / "runs" / (run[1] if run else "-") / "checkpoints"
+        folder = workspace.folder / "killed" / "runs" / (run[1] if run else "-") / "checkpoints"
         return max((int(path.stem) for path in folder.glob("*.safetensors")), default=0)
 
     def has_more_than(steps: int, process: Any) -> bool:
@@ -113,10 +120,11 @@ def test_a_killed_driver_costs_nothing_and_a_killed_worker_neither(tmp_path: Pat
         workspace.train("colour", seed=7)
     driver = ws.start(workspace.config_path, "train", "colour", log=tmp_path / "log")
     ws.wait_until(lambda: has_more_than(reached, driver), timeout_s=150, what="a further checkpoint")
+    family = psutil.Process(driver.pid).children(recursive=True)
     workers = [
         process
-        for process in psutil.Process(driver.pid).children(recursive=True)
-        if any("RayTrainWorker" in part for part in process.cmdline())
+        for process in family
+        if process.status() != psutil.STATUS_ZOMBIE and any("RayTrainWorker" in part for part in process.cmdline())
     ]
     assert len(workers) == 1
     workers[0].kill()

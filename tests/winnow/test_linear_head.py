@@ -61,15 +61,19 @@ def test_the_fit_is_the_least_of_the_penalised_loss() -> None:
         assert loss(moved, features, labels) >= least - 1e-9
 
 
-def test_the_fit_agrees_with_an_independent_library() -> None:
+@pytest.mark.parametrize("num", [60, 6], ids=["more images than features", "fewer images than features"])
+def test_the_fit_agrees_with_an_independent_library(num: int) -> None:
     linear_model = pytest.importorskip("sklearn.linear_model")
-    features, labels = clouds(60, spread=3.0)
+    features, labels = clouds(num, spread=3.0)
     head = fit_linear_head(features, labels, C)
     scale = np.sqrt(features.astype(np.float64).var(axis=0).mean())
     standard = (features - features.mean(axis=0, dtype=np.float64)) / scale
     theirs = linear_model.LogisticRegression(C=1 / (head.strength * len(labels)), tol=1e-9, max_iter=5000)
     theirs.fit(standard, labels)
     np.testing.assert_allclose(softmax(head.logits(features)), theirs.predict_proba(standard), atol=2e-4)
+    others, _ = clouds(30, seed=1, spread=3.0)
+    standard = (others - features.mean(axis=0, dtype=np.float64)) / scale
+    np.testing.assert_allclose(softmax(head.logits(others)), theirs.predict_proba(standard), atol=2e-4)
 
 
 @pytest.mark.parametrize("num", [60, 6])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from winnow.errors import WinnowError
+from winnow.errors import JobError, WinnowError
 from winnow_connectors.ledger import Run
 from winnow_connectors.warehouse import Warehouse
 from winnow_jobs.cluster import quieten_ray, ray_cluster
@@ -26,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 _MAX_ATTEMPTS = 4
 """How often workers may die before the driver gives up."""
+
+_POLL_S = 0.5
+_ABORT_S = 20.0
+"""How long workers may take to end after Ctrl-C."""
 
 
 @dataclass
@@ -104,7 +110,7 @@ def _fit(warehouse: Warehouse, run: Run, spec: FineTuneSpec, plan: WorkerPlan) -
                 run_config=RunConfig(name=run.run_id, storage_path="/nowhere", storage_filesystem=nowhere()),
             )
             try:
-                result: dict[str, Any] = trainer.fit().return_value  # type: ignore[attr-defined]
+                result: dict[str, Any] = _fit_beside(trainer.fit, board).return_value
             except TrainingFailedError as error:
                 fault: WinnowError | None = ray.get(board.fault.remote(), timeout=60)
                 if fault is not None:
@@ -117,6 +123,31 @@ def _fit(warehouse: Warehouse, run: Run, spec: FineTuneSpec, plan: WorkerPlan) -
         f"training workers died {_MAX_ATTEMPTS} times, the last time of: {reason}; the run stays open: mend "
         "the cause, then run the same command to go on from its last checkpoint"
     )
+
+
+def _fit_beside(fit: Callable[[], Any], board: Any) -> Any:
+    """What ``fit`` returns, in a thread of its own: in the main one Ray Train would take Ctrl-C for itself, for good.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; the workers are told to end.
+    """
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(fit())
+        except BaseException as error:  # noqa: BLE001  handed over as it is
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="winnow-fit", daemon=True).start()
+    try:
+        while not wait([future], timeout=_POLL_S).done:
+            pass
+    except KeyboardInterrupt:
+        board.fail.remote(JobError("stopped with Ctrl-C"))
+        wait([future], timeout=_ABORT_S)
+        raise
+    return future.result()
 
 
 def _last_line(error: BaseException) -> str:
@@ -166,7 +197,7 @@ class _watch:
         import ray
         from ray.exceptions import RayError
 
-        while not self._ended.wait(0.5):
+        while not self._ended.wait(_POLL_S):
             try:
                 state = ray.get(self._board.state.remote(), timeout=30)
             except RayError as error:

@@ -435,10 +435,18 @@ class _Worker:
         logger.info("going on from epoch %d, step %d", self.epoch + 1, self.step)
 
     def _report(self, epoch: int) -> None:
+        """Say how far it is, once a second; end when the board says why."""
+        import ray
+
         now = time.monotonic()
-        if self.rank or now - self._reported < _REPORT_S:
+        if now - self._reported < _REPORT_S:
             return
         self._reported = now
+        fault: WinnowError | None = ray.get(self.board.fault.remote(), timeout=60)
+        if fault is not None:
+            raise fault
+        if self.rank:
+            return
         note = f"epoch {epoch + 1} of {self.spec.config.epochs}  loss {self.loss_total / max(1.0, self.loss_count):.3f}"
         if self.curve:
             note += "".join(

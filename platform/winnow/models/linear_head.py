@@ -241,18 +241,27 @@ def _asked(plans: Sequence[Plan], fits: Callable[[Features, Labels], Iterator[La
 def _regressions(
     features_ND: Features, labels_N: Labels, *, num_classes: int, strengths: Sequence[float]
 ) -> Iterator[Layer]:
-    """Logistic regression for each strength; each fit starts where the one before ended."""
+    """Logistic regression for each strength; each fit starts where the one before ended.
+
+    The penalised weights are sums of images, so with fewer images than features there are only as many unknowns: the
+    images' coordinates in the space that they span (Hastie, Tibshirani & Friedman (2009), section 18.3.5).
+    """
     mean_D = features_ND.mean(axis=0, dtype=np.float64)
     scale = math.sqrt(features_ND.var(axis=0, dtype=np.float64).mean()) or 1.0
     standard_ND = torch.from_numpy((features_ND - mean_D) / scale)
+    basis_DR = None
+    if len(standard_ND) < standard_ND.shape[1]:
+        basis_DR = torch.linalg.qr(standard_ND.T).Q
+        standard_ND = standard_ND @ basis_DR
     present, targets = np.unique(labels_N, return_inverse=True)
     targets_N = torch.from_numpy(targets.astype(np.int64))
-    weight_KD = torch.zeros(len(present), features_ND.shape[1], dtype=torch.float64, requires_grad=True)
+    weight_KR = torch.zeros(len(present), standard_ND.shape[1], dtype=torch.float64, requires_grad=True)
     counts_K = torch.bincount(targets_N).to(torch.float64)
     bias_K = (counts_K / counts_K.sum()).log().requires_grad_()
     for strength in strengths:
-        _minimise(standard_ND, targets_N, weight_KD, bias_K, strength)
-        weight = weight_KD.detach().numpy() / scale
+        _minimise(standard_ND, targets_N, weight_KR, bias_K, strength)
+        weight_KD = weight_KR.detach() if basis_DR is None else weight_KR.detach() @ basis_DR.T
+        weight = weight_KD.numpy() / scale
         yield _with_absent(weight, bias_K.detach().numpy() - weight @ mean_D, present, num_classes)
 
 
