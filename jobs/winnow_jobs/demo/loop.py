@@ -399,7 +399,8 @@ class Loop:
         yield result.verdict
         if result.audit is not None:
             found = result.audit.accuracy
-            yield f"by the audit {found.value or 0.0:.1%} of all answers are right ({found.low:.1%} to {found.high:.1%})"
+            interval = f"{found.low:.1%} to {found.high:.1%}"
+            yield f"by the audit {found.value or 0.0:.1%} of all answers are right ({interval})"
 
     def _report(self) -> Iterator[str]:
         yield "$ winnow report"
