@@ -99,7 +99,7 @@ class Sizes:
     first: int = 1600
     later: int = 200
     seed_labels: int = 60
-    seed_masks: int = 30
+    seed_masks: int = 40
     measure_masks: int = 150
     budget: int = 200
     masks: int = 20
