@@ -395,7 +395,12 @@ class Loop:
 
     def _accept(self) -> Iterator[str]:
         yield f"$ winnow accept {FLAW} --max-error 0.1"
-        yield self.workspace.accept(FLAW, max_error=0.1).verdict
+        result = self.workspace.accept(FLAW, max_error=0.1)
+        yield result.verdict
+        if result.audit is not None:
+            found = result.audit.accuracy
+            interval = f"{found.low:.1%} to {found.high:.1%}"
+            yield f"by the audit {found.value or 0.0:.1%} of all answers are right ({interval})"
 
     def _report(self) -> Iterator[str]:
         yield "$ winnow report"

@@ -28,6 +28,9 @@ SIDE = 224
 VISIBLE = 0.25
 """Least opacity of a defect, relative to its strongest, of a pixel that counts as part of it."""
 
+MARGIN = 3
+"""Pixels around a defect that its mask covers too, as a person's brush does."""
+
 _SHARES = (0.34, 0.22, 0.22, 0.22)
 _CAMERAS = ("cam-1", "cam-2")
 _FINE = 3
@@ -104,7 +107,7 @@ def render(surface: Surface, *, defect: bool = True) -> Picture:
     if defect and surface.label != "good":
         layer = _damage(surface)
         mask_HW = mask_of(surface)
-        # What is too faint for the mask is not drawn, so that mask and picture agree.
+        # What reaches beyond the mask is not drawn, so that mask and picture agree.
         opacity = np.where(mask_HW > 0, layer.opacity_HW, np.float32(0))[..., None] * np.float32(layer.strength)
         shown_HWC = shown_HWC * (1 - opacity) + layer.colour_of(shown_HWC) * opacity
     lit_HWC = shown_HWC * _light(ground, surface.camera)[..., None]
@@ -112,11 +115,12 @@ def render(surface: Surface, *, defect: bool = True) -> Picture:
 
 
 def mask_of(surface: Surface) -> Pixels:
-    """The mask alone, without drawing the picture."""
-    mask_HW = np.zeros((SIDE, SIDE), dtype=np.uint8)
-    if surface.label != "good":
-        mask_HW[_damage(surface).opacity_HW >= VISIBLE] = MASK_CLASSES.index(surface.label)
-    return mask_HW
+    """The mask alone, without drawing the picture: the damage and ``MARGIN`` pixels around it."""
+    if surface.label == "good":
+        return np.zeros((SIDE, SIDE), dtype=np.uint8)
+    value = np.uint8(MASK_CLASSES.index(surface.label))
+    damaged_HW = np.where(_damage(surface).opacity_HW >= VISIBLE, value, np.uint8(0))
+    return np.asarray(Image.fromarray(damaged_HW).filter(ImageFilter.MaxFilter(2 * MARGIN + 1)))
 
 
 def mask_to_png(mask_HW: Pixels) -> bytes:
