@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from winnow.errors import CallError
+from winnow.errors import CallError, JobError
 from winnow_jobs.resources import Node
 
 _CONNECT_TIMEOUT_S = 5.0
@@ -31,6 +31,7 @@ def ray_cluster(*, num_cpus: int | None = None) -> Iterator[list[Node]]:
 
     Raises:
         CallError: the cluster that ``RAY_ADDRESS`` names cannot be joined.
+        JobError: Ray does not start on this machine.
     """
     # Ray's own chatter goes to its session's log files; what matters reaches the user through our errors.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -49,6 +50,13 @@ def ray_cluster(*, num_cpus: int | None = None) -> Iterator[list[Node]]:
             ray.init(**options)
         except ConnectionError as error:
             raise _cannot_join(error) from None
+        except Exception as error:
+            if type(error) is not Exception:  # what Ray raises when its own processes do not come up
+                raise
+            raise JobError(
+                f"Ray could not be started on this machine: {str(error).splitlines()[0]} See the newest folder in "
+                "/tmp/ray; is the machine overloaded, or out of memory or disk? Run the same command again"
+            ) from None
     try:
         yield [
             Node(

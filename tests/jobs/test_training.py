@@ -19,7 +19,7 @@ from winnow.errors import CallError, OpenRunError, StoppedError
 from winnow_connectors.registry import train_work
 from winnow_jobs import Workspace
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 MANY = {"train": 16, "val": 17, "test": 6}
 
@@ -112,14 +112,14 @@ def test_a_killed_driver_costs_nothing_and_a_killed_worker_neither(tmp_path: Pat
         return checkpoints() > steps
 
     driver = ws.start(workspace.config_path, "train", "colour", log=tmp_path / "log")
-    ws.wait_until(lambda: has_more_than(1, driver), timeout_s=150, what="a checkpoint")
+    ws.wait_until(lambda: has_more_than(1, driver), timeout_s=250, what="a checkpoint")
     ws.kill_driver(driver)
     reached = checkpoints()
     # Another call with other labels is refused while it is open, and says what to do.
     with pytest.raises(OpenRunError, match="runs abandon"):
         workspace.train("colour", seed=7)
     driver = ws.start(workspace.config_path, "train", "colour", log=tmp_path / "log")
-    ws.wait_until(lambda: has_more_than(reached, driver), timeout_s=150, what="a further checkpoint")
+    ws.wait_until(lambda: has_more_than(reached, driver), timeout_s=250, what="a further checkpoint")
     family = psutil.Process(driver.pid).children(recursive=True)
     workers = [
         process
@@ -128,7 +128,7 @@ def test_a_killed_driver_costs_nothing_and_a_killed_worker_neither(tmp_path: Pat
     ]
     assert len(workers) == 1
     workers[0].kill()
-    assert driver.wait(200) == 0, (tmp_path / "log").read_text()
+    assert driver.wait(300) == 0, (tmp_path / "log").read_text()
     assert "workers died (attempt 1 of 4)" in (tmp_path / "log").read_text()
     assert sha256(workspace, "colour@1") == expected
     assert [version.name for version in workspace.models("colour")] == ["colour@1"]
@@ -145,7 +145,7 @@ def test_ctrl_c_leaves_the_run_open_for_the_same_call(tmp_path: Path) -> None:
         claimed = ledger.last_claim(train_work("colour"))
         return claimed is not None and any(workspace.warehouse.store.list(f"runs/{claimed[1]}/checkpoints/"))
 
-    ws.wait_until(has_checkpoint, timeout_s=150, what="a checkpoint")
+    ws.wait_until(has_checkpoint, timeout_s=250, what="a checkpoint")
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130, (tmp_path / "log").read_text()
     said = (tmp_path / "log").read_text()
