@@ -227,7 +227,7 @@ class RayCluster:
             options += [f"--temp-dir={self.folder}/ray"]
         environment = {name: os.environ[name] for name in ("HOME", "PYTHONPATH") if name in os.environ}
         environment |= {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
-        # On a busy machine nodes start and answer late; Ray would take them for dead. One that was killed refuses at once.
+        # On a busy machine nodes start and answer late, and Ray takes them for dead; killed ones refuse at once.
         late_ms = {"health_check_timeout_ms": "60000", "agent_register_timeout_ms": "240000"}
         environment |= {f"RAY_{name}": value for name, value in late_ms.items()}
         environment["RAY_raylet_start_wait_time_s"] = "250"
