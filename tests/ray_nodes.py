@@ -195,7 +195,7 @@ class RayCluster:
         node = self._start(arguments, machine, host, num_cpus)
         pool, headers = urllib3.PoolManager(retries=False, timeout=5.0), {"Authorization": f"Bearer {self.token}"}
         try:
-            self._wait(lambda: pool.request("GET", f"{self.address}/api/jobs/", headers=headers).status == 200, 150)
+            self._wait(lambda: pool.request("GET", f"{self.address}/api/jobs/", headers=headers).status == 200, 280)
         finally:
             pool.clear()
         return node
@@ -205,7 +205,7 @@ class RayCluster:
         machine, host = self.network.add_machine() if self.network else (None, "127.0.0.1")
         before = self.num_alive()
         node = self._start([f"--address={self.nodes[0].address}:{self.port}"], machine, host, num_cpus)
-        self._wait(lambda: self.num_alive() > before, 150)
+        self._wait(lambda: self.num_alive() > before, 280)
         return node
 
     def num_alive(self) -> int:
@@ -227,8 +227,10 @@ class RayCluster:
             options += [f"--temp-dir={self.folder}/ray"]
         environment = {name: os.environ[name] for name in ("HOME", "PYTHONPATH") if name in os.environ}
         environment |= {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
-        # A busy machine answers late, and Ray takes late nodes for dead. One that was killed refuses at once.
-        environment |= {"RAY_health_check_timeout_ms": "60000", "RAY_raylet_start_wait_time_s": "150"}
+        # On a busy machine nodes start and answer late, and Ray takes them for dead; killed ones refuse at once.
+        late_ms = {"health_check_timeout_ms": "60000", "agent_register_timeout_ms": "240000"}
+        environment |= {f"RAY_{name}": value for name, value in late_ms.items()}
+        environment["RAY_raylet_start_wait_time_s"] = "250"
         (self.folder / "ray").mkdir(exist_ok=True)
         prefix = []
         if machine is not None:

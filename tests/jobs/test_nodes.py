@@ -20,7 +20,7 @@ from ray_nodes import Network, RayCluster, Relay
 from winnow_jobs import Workspace
 from winnow_jobs.local_s3 import LocalS3
 
-pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(1800)]
 
 DELAY_S = 0.05
 SIZES = [pytest.param(800, id="800"), pytest.param(20_000, id="20000", marks=pytest.mark.chaos)]
@@ -77,7 +77,7 @@ class Desk:
 
     def submit(self, *arguments: str) -> str:
         """Submit a job and wait for its end; its log."""
-        return ws.run(self.config, "submit", *arguments, timeout_s=400)
+        return ws.run(self.config, "submit", *arguments, timeout_s=600)
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
         return ws.start(self.config, "submit", *arguments, log=self.log)
@@ -92,7 +92,7 @@ class Desk:
 
         ws.wait_until(
             lambda: process.poll() is not None or at_work(),
-            timeout_s=300,
+            timeout_s=500,
             what=f"workers on {len(nodes)} nodes; see {self.log}",
         )
         time.sleep(1)
@@ -130,7 +130,7 @@ def test_predict_duplicates_and_select_run_on_all_nodes(desk: Desk) -> None:
     desk.config.write_text(desk.config.read_text() + ALIKE)
     process = desk.start("predict")
     desk.wait_until_at_work(process)
-    assert process.wait(400) == 0, desk.log.read_text()[-4000:]
+    assert process.wait(600) == 0, desk.log.read_text()[-4000:]
     counts = ws.one(desk.workspace, "SELECT count(*) AS n, count(DISTINCT image_id) AS images FROM outcomes")
     assert counts == {"n": 1200, "images": 600}
     assert "nothing to do" in desk.submit("predict")
@@ -150,7 +150,7 @@ def test_the_drivers_death_is_made_good_by_a_retry(desk: Desk, num_images: int) 
     drivers = {process.pid: process for process in desk.site.cluster.nodes[0].drivers()}
     (driver,) = [each for each in drivers.values() if each.ppid() in drivers]
     driver.kill()
-    assert process.wait(400) == 0, desk.log.read_text()[-4000:]
+    assert process.wait(600) == 0, desk.log.read_text()[-4000:]
     assert "was killed by signal 9; running it again" in desk.log.read_text()
     ws.check_conserved(desk.workspace, num_images)
 
@@ -165,7 +165,7 @@ def test_work_goes_on_when_storage_comes_back(desk: Desk, num_images: int) -> No
         assert process.poll() is None
     finally:
         desk.site.relay.release()
-    assert process.wait(400) == 0, desk.log.read_text()[-4000:]
+    assert process.wait(600) == 0, desk.log.read_text()[-4000:]
     ws.check_conserved(desk.workspace, num_images)
 
 
@@ -176,7 +176,7 @@ def test_work_goes_on_without_a_node_that_died(desk: Desk, num_images: int) -> N
     desk.wait_until_at_work(process)
     desk.site.cluster.nodes[-1].kill()
     try:
-        assert process.wait(400) == 0, desk.log.read_text()[-4000:]
+        assert process.wait(600) == 0, desk.log.read_text()[-4000:]
         ws.check_conserved(desk.workspace, num_images)
         assert "nothing to do" in desk.submit("predict")
     finally:
