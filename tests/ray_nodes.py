@@ -203,20 +203,21 @@ class RayCluster:
     def start_worker(self, num_cpus: int = 2) -> Node:
         """Start another node and wait until the cluster has it."""
         machine, host = self.network.add_machine() if self.network else (None, "127.0.0.1")
-        before = self.num_alive()
+        before = self.num_alive(host)
         node = self._start([f"--address={self.nodes[0].address}:{self.port}"], machine, host, num_cpus)
-        self._wait(lambda: self.num_alive() > before, 280)
+        self._wait(lambda: self.num_alive(host) > before, 280)
         return node
 
-    def num_alive(self) -> int:
-        """Living nodes, as the head counts them."""
+    def num_alive(self, host: str | None = None) -> int:
+        """Living nodes, as the head counts them, which learns late of a death; only those with this address if given."""
         headers = {"Authorization": f"Bearer {self.token}"}
         pool = urllib3.PoolManager(retries=False, timeout=10.0)
         try:
             answer: Any = pool.request("GET", f"{self.address}/nodes?view=summary", headers=headers).json()
         finally:
             pool.clear()
-        return sum(node["raylet"].get("state") == "ALIVE" for node in answer["data"]["summary"])
+        alive = [node for node in answer["data"]["summary"] if node["raylet"].get("state") == "ALIVE"]
+        return sum(host is None or node["ip"] == host for node in alive)
 
     def _start(self, arguments: list[str], machine: str | None, host: str, num_cpus: int) -> Node:
         options = [f"--num-cpus={num_cpus}", f"--node-ip-address={host}", "--object-store-memory=150000000", "--block"]

@@ -88,14 +88,14 @@ def test_only_rays_own_handlers_are_quietened() -> None:
 
     from ray._private.log import PlainRayHandler
 
-    from winnow_jobs.pipeline import _quieten_ray_data
+    from winnow_jobs.cluster import quieten_ray
 
     of_ray, of_others = PlainRayHandler(), logging.StreamHandler()
     ray_data = logging.getLogger("ray.data")
     for handler in (of_ray, of_others):
         ray_data.addHandler(handler)
     try:
-        _quieten_ray_data()
+        quieten_ray("ray.data")
         assert (of_ray.level, of_others.level) == (logging.CRITICAL, logging.NOTSET)
     finally:
         for handler in (of_ray, of_others):

@@ -19,7 +19,7 @@ import click
 import pytest
 
 import workspaces as ws
-from ray_nodes import RayCluster
+from ray_nodes import RayCluster, Relay
 from winnow import __version__
 from winnow.config import parse_config
 from winnow.errors import CallError
@@ -76,6 +76,16 @@ def desk(tmp_path: Path, cluster: RayCluster, s3_env: Any) -> Desk:
     workspace.init()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RAY_"))}
     return Desk(tmp_path, bucket, workspace, environment | cluster.client_environment | SECRETS)
+
+
+@pytest.fixture
+def late_images(desk: Desk, s3_server: Any) -> Iterator[None]:
+    """Images come one by one, each late, so that what is stopped is stopped in the middle of its work."""
+    with Relay("127.0.0.1", int(s3_server.endpoint.rpartition(":")[2]), delay_s=0.04) as relay:
+        config = desk.workspace.config_path
+        text = config.read_text().replace(s3_server.endpoint, relay.endpoint)
+        config.write_text(text.replace("[predict]", "[predict]\nfetch_concurrency = 1"))
+        yield
 
 
 class TestOnACluster:
@@ -148,7 +158,9 @@ class TestOnACluster:
         )
         assert "Winnow of this desk turns a bucket of images" in done.stdout, done.stdout + done.stderr
 
-    def test_ctrl_c_a_stop_and_a_killed_driver_lose_nothing(self, desk: Desk, cluster: RayCluster) -> None:
+    def test_ctrl_c_a_stop_and_a_killed_driver_lose_nothing(
+        self, desk: Desk, cluster: RayCluster, late_images: None
+    ) -> None:
         ws.fill(desk.workspace, f"s3://{desk.bucket}/images", 600)
         desk.workspace.ingest([f"s3://{desk.bucket}/images"])
         log = desk.folder / "log.txt"
