@@ -209,7 +209,7 @@ class RayCluster:
         return node
 
     def num_alive(self, host: str | None = None) -> int:
-        """Living nodes, as the head counts them, which learns late of a death; only those with this address if given."""
+        """Living nodes, as the head counts them, which learns late of a death; those of one address if given."""
         headers = {"Authorization": f"Bearer {self.token}"}
         pool = urllib3.PoolManager(retries=False, timeout=10.0)
         try:

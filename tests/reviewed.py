@@ -72,7 +72,9 @@ class Reviewed:
         self.ids = [row["image_id"] for row in rows]
         return self.ids
 
-    def answer(self, *, model: str | None = None, shift: int = 0, minute: int = 0) -> None:
+    def answer(
+        self, *, model: str | None = None, shift: int = 0, minute: int = 0, classes: Sequence[str] | None = None
+    ) -> None:
         model = model or self.model
         self.tables.add(
             "predictions",
@@ -80,6 +82,7 @@ class Reviewed:
                 {
                     "image_id": image_id, "task": TASK, "model": model, "label": ws.CLASSES[(n + shift) % 5],
                     "confidence": 0.5 + n / 1000, "margin": 0.1, "entropy": 1.0, "top5": [], "at": at(minute),
+                    "classes": classes,
                 }
                 for n, image_id in enumerate(self.ids)
             ],

@@ -146,9 +146,11 @@ def priority(rank: int) -> float:
     return rank / (rank + _HALF)
 
 
-def class_result(label: str, confidence: float | None = None) -> list[Json]:
-    """The choice of a class."""
-    choice = {"from_name": CLASS, "to_name": IMAGE, "type": "choices", "value": {"choices": [label]}}
+def class_result(*labels: str, confidence: float | None = None) -> list[Json]:
+    """The choice of a class, of several, or of none."""
+    if not labels:
+        return []
+    choice = {"from_name": CLASS, "to_name": IMAGE, "type": "choices", "value": {"choices": list(labels)}}
     return [choice if confidence is None else {**choice, "score": confidence}]
 
 
@@ -223,19 +225,22 @@ def read_annotation(data: Mapping[str, Any], annotators: Mapping[int, str]) -> A
         ) from None
 
 
-def read_class(result: Sequence[Mapping[str, Any]], *, shown: str | None) -> Answer:
-    """The class that a person chose.
+def read_class(result: Sequence[Mapping[str, Any]], *, shown: Sequence[str] | None) -> Answer:
+    """The class that a person chose, or the classes.
 
     Args:
         result: of the annotation.
-        shown: the class that was preselected; None when none was.
+        shown: the classes that the model answered, which were preselected; None when no answer was shown.
     """
     chosen = _chosen(result, CLASS)
-    label = chosen[0] if len(chosen) == 1 and chosen[0] not in _NO_LABELS else None
-    value = None
-    if label is None:
-        value = _json({"answer": chosen[0]} if len(chosen) == 1 else {"choices": sorted(chosen)})
-    return Answer(label, value, None if shown is None else label != shown)
+    return Answer(*class_columns(chosen), None if shown is None else set(chosen) != set(shown))
+
+
+def class_columns(chosen: Sequence[str]) -> tuple[str | None, str | None]:
+    """What stands in the columns ``label`` and ``value`` for the classes that were chosen."""
+    if len(chosen) != 1:
+        return None, _json({"choices": sorted(chosen)})
+    return (None, _json({"answer": chosen[0]})) if chosen[0] in _NO_LABELS else (chosen[0], None)
 
 
 def read_masks(

@@ -80,7 +80,7 @@ QUALIFY row_number() OVER (PARTITION BY m.task ORDER BY m."at" DESC) = 1
     "latest_predictions": f"""
 WITH {_FINISHED}, {_LAST_SEEN}, {_NEWEST_PREDICTION}
 SELECT n.image_id, s.uri, n.task, n.model, n.label, n.confidence, n.margin, n.entropy, n.top5, n.probabilities,
-    n.disagreement, n.run, n."at", coalesce(s.{_CURRENT}, false) AS current
+    n.classes, n.disagreement, n.run, n."at", coalesce(s.{_CURRENT}, false) AS current
 FROM newest AS n LEFT JOIN seen AS s USING (image_id)
 """,
     # All rows of one answer: rank, not row_number.

@@ -94,6 +94,10 @@ def accept(
     config = workspace.config.task(task)
     if config.kind != "classification":
         raise CallError(f"{task} is a {config.kind} task; only answers of classification tasks can be accepted")
+    if config.multiple_choice:
+        raise CallError(
+            f"images of {task} may have several classes; only answers of one class an image can be accepted"
+        )
     for name, value in (("--max-error", max_error), ("--confidence", confidence)):
         if not 0.0 < value < 1.0:
             raise CallError(f"{name} {value:g} is not valid; give a number between 0 and 1, such as 0.02 or 0.95")

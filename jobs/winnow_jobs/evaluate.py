@@ -35,6 +35,7 @@ from winnow.evaluation import (
     cut_slices,
     decide,
     mean_iou,
+    right_sets,
     share_right,
     worst_first,
 )
@@ -43,7 +44,7 @@ from winnow.masks import LabelMap, label_map, resize_to_source, unlabelled
 from winnow.metrics import confusion
 from winnow.models.cards import parse_version
 from winnow_connectors.ledger import digest_of
-from winnow_jobs.labelled import measured_sql
+from winnow_jobs.labelled import classes_said, measured_sql
 from winnow_jobs.progress import Progress
 from winnow_jobs.review import MAX_ATTEMPTS, begin_anew, publish
 from winnow_jobs.spec import answerer, views_of
@@ -255,8 +256,8 @@ def _baseline(workspace: Workspace, task: str, config: TaskConfig, against: str)
     if config.kind == "segmentation":
         known = set(config.classes or model.classes)
     else:
-        found = workspace.query_engine().sql(f"SELECT DISTINCT label FROM ({measured_sql(task, config.kind)})")
-        known = set(found["label"].to_pylist())
+        found = workspace.query_engine().sql(f"SELECT DISTINCT label, value FROM ({measured_sql(task, config)})")
+        known = {name for row in found.to_pylist() for name in classes_said(row["label"], row["value"]) or ()}
     if known and not known & set(model.classes):
         return None, f"{against}, the model of winnow.toml, knows none of the labels' classes"
     return model, ""
@@ -266,7 +267,7 @@ def _ask(workspace: Workspace, task: str, config: TaskConfig, versions: Sequence
     """Have every version answer the labelled test images; what is answered already is not asked."""
     from winnow_jobs.predict import Asked, predict
 
-    asked = Asked(where=f"image_id IN (SELECT image_id FROM ({measured_sql(task, config.kind)}))")
+    asked = Asked(where=f"image_id IN (SELECT image_id FROM ({measured_sql(task, config)}))")
     for version in versions:
         result = predict(workspace, [task], asked, versions=[version])
         if result.run_id is not None:
@@ -368,16 +369,17 @@ class LabelAnswers(Answers):
     """Of a classification task."""
 
     def compare(self) -> Comparison:
-        return compare_labels(self._column("label"), self._column("answer_0"), self._before())
+        return compare_labels(self._labels(), self._answers(0), self._answers(1) if self.num_models > 1 else None)
 
     def score(self, model: int, inside_N: NDArray[np.bool_]) -> Estimate:
-        return share_right((self._column("label") == self._column(f"answer_{model}"))[inside_N])
+        return share_right(right_sets(self._labels(), self._answers(model))[inside_N])
 
-    def _before(self) -> NDArray[np.object_] | None:
-        return self._column("answer_1") if self.num_models > 1 else None
+    def _labels(self) -> list[frozenset[str]]:
+        return [frozenset(classes_said(image["label"], image["value"]) or ()) for image in self.images]
 
-    def _column(self, name: str) -> NDArray[np.object_]:
-        return np.array([image[name] for image in self.images], dtype=object)
+    def _answers(self, model: int) -> list[frozenset[str] | None]:
+        found = (image[f"answer_{model}"] for image in self.images)
+        return [None if classes is None else frozenset(classes) for classes in found]
 
 
 class MaskAnswers(Answers):
@@ -422,7 +424,7 @@ def read_answers(workspace: Workspace, engine: QueryEngine, task: str, models: S
     """
     config = workspace.config.task(task)
     of_masks = config.kind == "segmentation"
-    answer = "count(*)" if of_masks else "any_value(label)"
+    answer = "count(*)" if of_masks else "any_value(coalesce(classes, [label]))"
     joins, columns = [], []
     for place, model in enumerate(models):
         mine = f"task = {quoted(task)} AND model = {quoted(model)}"
@@ -441,8 +443,8 @@ def read_answers(workspace: Workspace, engine: QueryEngine, task: str, models: S
     rows = engine.sql(
         f"""
         SELECT t.image_id, t.uri, t.source, t.size, t.last_modified, t."group", t.metadata, t.label,
-            md5(t.value) AS mask, {", ".join((*columns, *seen))}
-        FROM ({measured_sql(task, config.kind)}) AS t {" ".join(joins)} ORDER BY t.image_id
+            md5(t.value) AS said, {"NULL" if of_masks else "t.value"} AS value, {", ".join((*columns, *seen))}
+        FROM ({measured_sql(task, config)}) AS t {" ".join(joins)} ORDER BY t.image_id
         """
     ).to_pylist()
     images, num_missing, num_left_out = [], 0, 0
@@ -456,7 +458,7 @@ def read_answers(workspace: Workspace, engine: QueryEngine, task: str, models: S
         else:
             images.append(row)
             failed = [row[f"answer_{place}"] is None for place in range(len(models))]
-            digest.update(json.dumps([row["image_id"], row["label"], row["mask"], failed]).encode() + b"\n")
+            digest.update(json.dumps([row["image_id"], row["label"], row["said"], failed]).encode() + b"\n")
     shared = (images, digest.hexdigest(), len(models), num_missing, num_left_out)
     if not of_masks:
         return LabelAnswers(*shared)
@@ -510,6 +512,7 @@ class MaskReader:
                 f"tasks.{task} needs classes in winnow.toml: the names of the values in its masks, from 0 on"
             )
         self.classes = classes
+        self._config = workspace.config.task(task)
         self._download = workspace.stores.download
         self._engine = engine
         self._task = task
@@ -542,7 +545,7 @@ class MaskReader:
             columns.append(f"s{place}.found AS found_{place}")
         return f"""
             SELECT t.image_id, t.uri, t.value, o.width, o.height, {", ".join(columns)}
-            FROM ({measured_sql(self._task, "segmentation")}) AS t {" ".join(joins)}
+            FROM ({measured_sql(self._task, self._config)}) AS t {" ".join(joins)}
             LEFT JOIN (
                 SELECT image_id, any_value(width) AS width, any_value(height) AS height FROM latest_outcomes
                 WHERE width IS NOT NULL GROUP BY image_id

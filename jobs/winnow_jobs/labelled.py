@@ -18,7 +18,7 @@ from winnow.splits import SPLITS
 from winnow_jobs.vectors import quoted
 
 if TYPE_CHECKING:
-    from winnow.config import Kind, TaskConfig
+    from winnow.config import TaskConfig
     from winnow_connectors.query import QueryEngine
 
 LABELS = "labels.parquet"
@@ -47,16 +47,20 @@ ORDER BY i.image_id
 """
 
 
-def measured_sql(task: str, kind: Kind) -> str:
+def measured_sql(task: str, config: TaskConfig) -> str:
     """SQL: the images that models of a task are measured on, those of the test split that training measures on too.
 
     Current originals with a person's or imported label, outside the audit reserve; columns of ``current_images``, and
     ``label`` and ``value``.
     """
-    said = "value" if kind == "segmentation" else "label"
+    said = "l.label IS NOT NULL"
+    if config.kind == "segmentation":
+        said = "l.value IS NOT NULL"
+    elif config.multiple_choice:
+        said = f"({said} OR json_exists(l.value, '$.choices'))"
     return f"""
         SELECT i.*, l.label, l.value FROM current_labels AS l JOIN current_images AS i USING (image_id)
-        WHERE l.task = {quoted(task)} AND l.{said} IS NOT NULL AND i.split = 'test' AND i.parent IS NULL
+        WHERE l.task = {quoted(task)} AND {said} AND i.split = 'test' AND i.parent IS NULL
             AND NOT (i.audit OR coalesce(l.audit, false)) AND i.image_id NOT IN (SELECT image_id FROM quarantined)"""
 
 

@@ -22,7 +22,7 @@ from winnow.masks import encode_classes, unlabelled
 from winnow_connectors.label_studio import ChangedTask, LabelStudio, round_of
 from winnow_connectors.label_studio_http import NotThereError
 from winnow_connectors.label_sync import TaskKey
-from winnow_connectors.label_tasks import Annotation, Answer, read_annotation, read_class, read_masks
+from winnow_connectors.label_tasks import Annotation, Answer, class_columns, read_annotation, read_class, read_masks
 from winnow_connectors.query import QueryEngine
 from winnow_jobs.progress import Progress
 from winnow_jobs.review import (
@@ -333,8 +333,10 @@ class _Puller:
         asked = self._asked[key]
         model = self._shown_model(key, change.created_at)
         shown = answers.get((key[0], model)) if model is not None else None
+        model_label = None
         if self._kind == "classification" and shown is not None:
-            shown = shown["label"]
+            shown = shown["classes"]
+            model_label = next(filter(None, class_columns(shown)))
         answer = Answer(None, None, None) if change.skipped else self._read(change, task, shown)
         return constant | {
             "image_id": key[0],
@@ -346,7 +348,7 @@ class _Puller:
             "value": answer.value,
             "sha256": asked["sha256"],
             "model": model,
-            "model_label": shown if isinstance(shown, str) else None,
+            "model_label": model_label,
             "changed_by_person": answer.changed,
             "audit": asked["audit"],
             "reason": asked["reason"],

@@ -381,5 +381,5 @@ class _Pusher:
 
     def _drawn(self, item: ReviewItem, answer: Any) -> list[Json]:
         if self._kind == "classification":
-            return class_result(answer["label"], answer["confidence"])
+            return class_result(*answer["classes"], confidence=answer["confidence"])
         return mask_results(answer, width=item.width, height=item.height)

@@ -92,7 +92,7 @@ def begin_anew(workspace: Workspace, work: str) -> tuple[tuple[str, int], ...]:
 
 
 def model_answers(engine: QueryEngine, task: str, kind: Kind, where: str) -> dict[tuple[str, str], Any]:
-    """The newest answers of models: a label with its confidence, or the shapes of a mask, by image and model.
+    """The newest answers of models: classes with a confidence, or the shapes of a mask, by image and model.
 
     Args:
         engine: SQL over the warehouse.
@@ -100,11 +100,13 @@ def model_answers(engine: QueryEngine, task: str, kind: Kind, where: str) -> dic
         kind: of the task.
         where: SQL over ``image_id`` and ``model``: which answers.
     """
-    table, rle = ("segments", ", rle") if kind == "segmentation" else ("predictions", "")
+    table, more = (
+        ("segments", "rle") if kind == "segmentation" else ("predictions", "coalesce(classes, [label]) AS classes")
+    )
     rows = engine.sql(
         f"""
         WITH finished AS (SELECT run_id AS run, finished_at FROM runs WHERE status = 'finished')
-        SELECT image_id, model, label, confidence{rle} FROM {table} JOIN finished USING (run)
+        SELECT image_id, model, label, confidence, {more} FROM {table} JOIN finished USING (run)
         WHERE task = {quoted(task)} AND {where}
         QUALIFY rank() OVER (PARTITION BY image_id, model ORDER BY finished_at DESC, run) = 1
         ORDER BY image_id, model, label

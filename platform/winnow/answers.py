@@ -35,7 +35,7 @@ def _struct(table: str, *columns: str) -> pa.StructType:
     return pa.struct([TABLES[table].field(name).with_nullable(True) for name in columns])
 
 
-_PREDICTED = ("label", "confidence", "margin", "entropy", "top5", "probabilities", "disagreement")
+_PREDICTED = ("label", "confidence", "margin", "entropy", "top5", "probabilities", "classes", "disagreement")
 CLASSIFICATION_ANSWER = _struct("predictions", *_PREDICTED)
 """The columns of ``predictions`` that come from the model."""
 
@@ -74,9 +74,9 @@ def classification_answers(
         classes: C names.
         store_probabilities: also keep the whole vector of each image.
         disagreement_N: float32 (N,) between views, whose mean the probabilities are; None for one view.
-        multi_label: an image may have several classes, each with a probability of its own. The label is the likeliest
-            one, the measures are about all decisions together, and the vectors are always kept: the classes found are
-            those with a probability of at least 0.5.
+        multi_label: an image may have several classes, each with a probability of its own. Found are those with a
+            probability of at least 0.5, the likeliest first; the label is the likeliest of all, found or not, and the
+            measures are about all decisions together.
     """
     if probabilities_NC.shape[1:] != (len(classes),):
         raise ValueError(f"{len(classes)} classes do not fit probabilities of shape {probabilities_NC.shape}")
@@ -95,7 +95,7 @@ def classification_answers(
             fields=list(top_type.value_type),
         ),
     ).cast(top_type)
-    if store_probabilities or multi_label:
+    if store_probabilities:
         ends = pa.array(np.arange(num + 1, dtype=np.int32) * len(classes))
         vectors = pa.ListArray.from_arrays(ends, pa.array(probabilities_NC.reshape(-1), type=pa.float32()))
     else:
@@ -106,9 +106,22 @@ def classification_answers(
         *(pa.array(measure(probabilities_NC), type=pa.float32()) for measure in measures),
         top,
         vectors.cast(CLASSIFICATION_ANSWER.field("probabilities").type),
+        _found(probabilities_NC, classes)
+        if multi_label
+        else pa.nulls(num, CLASSIFICATION_ANSWER.field("classes").type),
         pa.nulls(num, pa.float32()) if disagreement_N is None else pa.array(disagreement_N, type=pa.float32()),
     ]
     return pa.StructArray.from_arrays(columns, fields=list(CLASSIFICATION_ANSWER), mask=pa.array(~finite))
+
+
+def _found(probabilities_NC: NDArray[np.float32], classes: Sequence[str]) -> pa.ListArray:
+    """Names of the classes with a probability of at least 0.5, the likeliest first, (N,)."""
+    order_NC = np.argsort(-probabilities_NC, axis=1, kind="stable")
+    found_NC = np.take_along_axis(probabilities_NC, order_NC, axis=1) >= 0.5
+    return pa.array(
+        [[classes[place] for place in order_C[found_C]] for order_C, found_C in zip(order_NC, found_NC, strict=True)],
+        CLASSIFICATION_ANSWER.field("classes").type,
+    )
 
 
 def segmentation_answers(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -102,29 +103,44 @@ def _joint(num_classes: int) -> float:
 
 
 def compare_labels(
-    labels_N: NDArray[np.object_], candidate_N: NDArray[np.object_], baseline_N: NDArray[np.object_] | None
+    labels: Sequence[AbstractSet[str]],
+    candidate: Sequence[AbstractSet[str] | None],
+    baseline: Sequence[AbstractSet[str] | None] | None,
 ) -> Comparison:
-    """Compare what two classifiers answered.
+    """Compare what two classifiers answered. An image is right when its classes are exactly those of its label.
+
+    A class counts by itself: its score is the share of its images where it was answered, whatever else was.
 
     Args:
-        labels_N: names of the true classes, of at least one image.
-        candidate_N: answers; None where the model could give none, which is wrong.
-        baseline_N: likewise; None without a model to compare with.
+        labels: names of the true classes of each of N images, at least one image: one class, or any number of them.
+        candidate: answers, N; None where the model could give none, which is wrong.
+        baseline: likewise; None without a model to compare with.
     """
-    names = sorted(set(labels_N.tolist()))
-    right_N = labels_N == candidate_N
-    if baseline_N is None:
-        return Comparison("accuracy", len(labels_N), _measure_labels(labels_N, candidate_N, names), None, None, {})
-    was_right_N = labels_N == baseline_N
-    inside = {name: labels_N == name for name in names}
+    names = sorted(set().union(*labels))
+    of_class_NC = _membership(labels, names)
+    found_NC = _membership(candidate, names)
+    right_N = right_sets(labels, candidate)
+    measured = _measure_labels(right_N, of_class_NC, found_NC, names)
+    if baseline is None:
+        return Comparison("accuracy", len(labels), measured, None, None, {})
+    was_found_NC = _membership(baseline, names)
+    was_right_N = right_sets(labels, baseline)
     return Comparison(
         "accuracy",
-        len(labels_N),
-        _measure_labels(labels_N, candidate_N, names),
-        _measure_labels(labels_N, baseline_N, names),
+        len(labels),
+        measured,
+        _measure_labels(was_right_N, of_class_NC, was_found_NC, names),
         _difference(right_N, was_right_N, CONFIDENCE),
-        {name: _difference(right_N[of_N], was_right_N[of_N], _joint(len(names))) for name, of_N in inside.items()},
+        {
+            name: _difference(found_NC[of_N, place], was_found_NC[of_N, place], _joint(len(names)))
+            for place, (name, of_N) in enumerate(zip(names, of_class_NC.T, strict=True))
+        },
     )
+
+
+def right_sets(labels: Sequence[AbstractSet[str]], answers: Sequence[AbstractSet[str] | None]) -> NDArray[np.bool_]:
+    """Which answers are exactly the label, bool (N,)."""
+    return np.array([label == answer for label, answer in zip(labels, answers, strict=True)], dtype=np.bool_)
 
 
 def share_right(right_N: NDArray[np.bool_]) -> Estimate:
@@ -137,19 +153,30 @@ def _difference(right_N: NDArray[np.bool_], was_right_N: NDArray[np.bool_], conf
     return Estimate.of((gained - lost) / len(right_N), paired_difference(gained, lost, len(right_N), confidence))
 
 
-def _measure_labels(labels_N: NDArray[np.object_], answers_N: NDArray[np.object_], names: Sequence[str]) -> Measured:
-    right_N = np.asarray(labels_N == answers_N, dtype=np.bool_)
-    labelled, answered, right = Counter(labels_N), Counter(answers_N), Counter(labels_N[right_N])
+def _membership(answers: Sequence[AbstractSet[str] | None], names: Sequence[str]) -> NDArray[np.bool_]:
+    """Which of the named classes each answer has, bool (N, C)."""
+    places = {name: place for place, name in enumerate(names)}
+    found_NC = np.zeros((len(answers), len(names)), dtype=np.bool_)
+    for number, answer in enumerate(answers):
+        found_NC[number, [places[name] for name in answer or () if name in places]] = True
+    return found_NC
+
+
+def _measure_labels(
+    right_N: NDArray[np.bool_], of_class_NC: NDArray[np.bool_], found_NC: NDArray[np.bool_], names: Sequence[str]
+) -> Measured:
+    labelled, answered = of_class_NC.sum(axis=0), found_NC.sum(axis=0)
+    right = (of_class_NC & found_NC).sum(axis=0)
     return Measured(
         share_right(right_N),
         {
             name: ClassFigures(
-                n=labelled[name],
-                score=right[name] / labelled[name],
-                precision=right[name] / answered[name] if answered[name] else None,
-                f1=2 * right[name] / (labelled[name] + answered[name]),
+                n=int(labelled[place]),
+                score=float(right[place] / labelled[place]),
+                precision=float(right[place] / answered[place]) if answered[place] else None,
+                f1=float(2 * right[place] / (labelled[place] + answered[place])),
             )
-            for name in names
+            for place, name in enumerate(names)
         },
     )
 

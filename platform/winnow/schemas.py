@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of the warehouse layout, kept in ``warehouse.json``."""
 
 _TIME = pa.timestamp("us", tz="UTC")
@@ -76,6 +76,7 @@ TABLES: dict[str, pa.Schema] = {
         entropy_=pa.float32(),
         top5_=pa.list_(SCORED_LABEL),
         probabilities=pa.list_(pa.float32()),
+        classes=pa.list_(pa.string()),
         disagreement=pa.float32(),
         at_=_TIME,
     ),

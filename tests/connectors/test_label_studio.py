@@ -63,7 +63,7 @@ def _make(image_ids: Sequence[str], *, model: str | None = "pets@1", label: str 
     for image_id in image_ids:
         rank = int(image_id, 16)
         item = ReviewItem(image_id, 1, rank, "margin", False, f"s3://review/{image_id}.jpg", 8, 6)
-        predictions = [] if model is None else [prediction(model, rank, class_result(label, 0.5))]
+        predictions = [] if model is None else [prediction(model, rank, class_result(label, confidence=0.5))]
         tasks.append({"data": task_data(item), "predictions": predictions})
     return tasks
 
@@ -390,7 +390,7 @@ class TestChanges:
         users = label_studio.annotators()
         first = read_annotation(found[ids[0]].annotations[0], users)
         assert (first.annotation_id, first.annotator, first.seconds) == (made[0], "winnow@localhost", 2.5)
-        assert read_class(first.result, shown="cat").label == "dog"
+        assert read_class(first.result, shown=["cat"]).label == "dog"
         assert read_annotation(found[ids[5]].annotations[0], users).skipped
         since = max(task.updated_at for task in found.values())
 

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from audited import NUM_AUDIT, NUM_OTHERS, TASK, Audited
 from winnow.errors import CallError
 from winnow.risk import least_sample, share_of_look, upper_bound
+from winnow_jobs import Workspace
 from winnow_jobs.accept import statistics_of
 from winnow_jobs.cli.main import cli
 
@@ -136,6 +137,10 @@ def test_a_wrong_call_says_what_is_valid(audited: Audited, options: dict[str, fl
         audited.accept(**options)
     with pytest.raises(CallError, match="task 'other' is unknown"):
         audited.workspace.accept("other", max_error=0.1)
+    path = audited.workspace.config_path
+    path.write_text(path.read_text().replace(f"[tasks.{TASK}]", f"[tasks.{TASK}]\nmultiple_choice = true"))
+    with pytest.raises(CallError, match="may have several classes; only answers of one class an image"):
+        Workspace(path).accept(TASK, max_error=0.1)
 
 
 def test_the_command_speaks_to_people_and_machines(audited: Audited) -> None:

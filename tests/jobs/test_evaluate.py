@@ -21,6 +21,7 @@ from winnow.intervals import paired_difference, wilson
 from winnow.mask_files import write_png
 from winnow.masks import encode_classes
 from winnow.metrics import confusion, segmentation_metrics
+from winnow_connectors.label_tasks import class_columns
 from winnow_jobs import Workspace
 from winnow_jobs.cli.main import cli
 from winnow_jobs.evaluate import slices
@@ -302,6 +303,44 @@ def test_a_class_that_a_model_does_not_know_is_said(tmp_path: Path) -> None:
     found = Workspace(path).evaluate(TASK)
     assert "objects@2 does not know eel, so it is wrong about all 40 images of them" in found.notes
     assert found.decision.worse == ("eel",)
+
+
+def test_of_several_classes_an_image_the_whole_set_counts(tmp_path: Path) -> None:
+    made = Compared(tmp_path, num_images=0, num_versions=0)
+    path = made.workspace.config_path
+    path.write_text(path.read_text().replace(f"[tasks.{TASK}]", f"[tasks.{TASK}]\nmultiple_choice = true"))
+    made.workspace = Workspace(path)
+    weights = (tmp_path / "small.safetensors").read_bytes()
+    for _ in range(2):
+        make_version(
+            made.workspace.warehouse.registry, made.workspace.warehouse.ledger, TASK, weights, multi_label=True
+        )
+    made.put_into_production("objects@1")
+    said = [["ant", "bee"], ["ant"], [], ["bee"]] * 30
+    images = {"split": "test", "size": 1000}
+    made.tables.add_rows("images", ({"image_id": image_id(n), "uri": f"s3://b/{n}.jpg", **images} for n in range(121)))
+    labels = {"task": TASK, "event": "imported", "origin": "imported", "audit": False, "updated_at": at(0)}
+    columns = [class_columns(each) for each in [*said, ["unsure"]]]
+    made.tables.add_rows(
+        "labels", ({"image_id": image_id(n), "label": c[0], "value": c[1], **labels} for n, c in enumerate(columns))
+    )
+    answers = {
+        "objects@1": [["ant"] if n % 4 == 0 else each for n, each in enumerate(said)],
+        "objects@2": [each[::-1] if n >= 12 else ["ant", "bee", "cat"] for n, each in enumerate(said)],
+    }
+    for model, found in answers.items():
+        mine = {"task": TASK, "model": model}
+        made.tables.add_rows("outcomes", ({"image_id": image_id(n), **mine, "width": 40} for n in range(120)))
+        made.tables.add_rows(
+            "predictions",
+            ({"image_id": image_id(n), **mine, "label": "ant", "classes": each} for n, each in enumerate(found)),
+        )
+    comparison = made.workspace.evaluate(TASK).comparison
+    assert comparison.n == 120  # nobody knows the classes of the last one
+    assert comparison.baseline is not None
+    assert (comparison.candidate.score.value, comparison.baseline.score.value) == (0.9, 0.75)
+    assert comparison.candidate.classes["bee"].precision == pytest.approx(60 / 66)
+    assert comparison.baseline.classes["bee"].score == 0.5
 
 
 def test_wrong_calls_are_refused_with_what_is_valid(compared: Compared) -> None:

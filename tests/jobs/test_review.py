@@ -302,17 +302,22 @@ def test_several_classes_may_be_chosen_where_the_task_says_so(reviewed: Reviewed
     config = reviewed.workspace.config_path
     config.write_text(config.read_text().replace(f"[tasks.{TASK}]", f"[tasks.{TASK}]\nmultiple_choice = true"))
     reviewed.workspace = Workspace(config)
-    reviewed.add_images(1)
-    reviewed.answer()
+    reviewed.add_images(2)
+    reviewed.answer(classes=["dog", "ant"])
     reviewed.queue(reviewed.ids)
     project = reviewed.push().project
     assert 'choice="multiple"' in reviewed.server.project(project).config
-    several = class_result("dog")
-    several[0]["value"]["choices"] = ["dog", "ant"]
-    reviewed.annotate(project, reviewed.ids[0], several)
+    for task in reviewed.server._api.get("/api/tasks/", project=project, fields="all")["tasks"]:
+        (drawn,) = task["predictions"]
+        assert drawn["result"][0]["value"]["choices"] == ["dog", "ant"]
+    reviewed.annotate(project, reviewed.ids[0], class_result("ant", "dog"))
+    reviewed.annotate(project, reviewed.ids[1], class_result("dog"))
     reviewed.pull()
-    (row,) = reviewed.labels()
-    assert (row["label"], row["value"], row["changed_by_person"]) == (None, '{"choices":["ant","dog"]}', True)
+    rows = {row["image_id"]: row for row in reviewed.labels()}
+    same, changed = (rows[image_id] for image_id in reviewed.ids)
+    both = '{"choices":["ant","dog"]}'
+    assert (same["label"], same["value"], same["model_label"], same["changed_by_person"]) == (None, both, both, False)
+    assert (changed["label"], changed["value"], changed["changed_by_person"]) == ("dog", None, True)
 
 
 def test_a_pull_cut_short_is_done_anew(reviewed: Reviewed, monkeypatch: pytest.MonkeyPatch) -> None:

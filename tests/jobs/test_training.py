@@ -240,7 +240,9 @@ def several(folder: Path, splits: dict[str, int]) -> Workspace:
     """Images whose left half has one colour and whose right half another or the same, with both as their classes."""
     configure(folder)
     text = (folder / "winnow.toml").read_text()
-    (folder / "winnow.toml").write_text(text.replace("[tasks.alike]", "multiple_choice = true\n[tasks.alike]"))
+    (folder / "winnow.toml").write_text(
+        text.replace("[tasks.alike]", "multiple_choice = true\nstore_probabilities = true\n[tasks.alike]")
+    )
     names, said, number = list(COLOURS), {}, 0
     for split, num in splits.items():
         (folder / "images" / split).mkdir(parents=True)
@@ -282,15 +284,16 @@ def test_several_classes_of_an_image_are_learned_and_answered(tmp_path: Path) ->
     assert test["macro_f1"] > 0.85
     assert set(test["classes"]["red"]) == {"n", "precision", "recall", "f1", "average_precision"}
     assert made.metrics["calibration"]["fitted_on"] == "val"
+    assert workspace.evaluate("colour").comparison.candidate.score.value == pytest.approx(test["exact_match"])
     workspace.promote("colour@1", force=True)
-    workspace.predict(tasks=["colour"])
     rows = workspace.query(
-        "SELECT p.probabilities, p.label, p.confidence, l.label AS said, l.value FROM latest_predictions AS p "
+        "SELECT p.probabilities, p.classes, p.confidence, l.label AS said, l.value FROM latest_predictions AS p "
         "JOIN current_labels AS l USING (image_id) JOIN current_images USING (image_id) WHERE split = 'test'"
     ).to_pylist()
     right = 0
     for row in rows:
         found = {name for name, share in zip(COLOURS, row["probabilities"], strict=True) if share >= 0.5}
+        assert set(row["classes"]) == found
         right += found == set(json.loads(row["value"])["choices"] if row["value"] else [row["said"]])
         assert row["confidence"] == pytest.approx(min(max(p, 1 - p) for p in row["probabilities"]))
     assert right / len(rows) == pytest.approx(test["exact_match"])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from winnow import evaluation
 from winnow.config import PromotionConfig
@@ -29,8 +29,27 @@ from winnow.intervals import paired_difference
 RULE = PromotionConfig()
 
 
-def names(*values: str | None) -> NDArray[np.object_]:
-    return np.array(values, dtype=object)
+Sets = list[frozenset[str] | None]
+
+
+def names(*values: str | None) -> Any:
+    """Each image's only class."""
+    return [None if value is None else frozenset({value}) for value in values]
+
+
+def test_of_several_classes_an_image_all_must_be_found_and_no_other() -> None:
+    labels = [frozenset(each) for each in ("ab", "a", "", "b")]
+    candidate: Sets = [frozenset(each) for each in ("ab", "ab", "", "a")]
+    baseline: Sets = [frozenset("b"), frozenset("a"), frozenset("a"), None]
+    found = compare_labels(labels, candidate, baseline)
+    assert found.baseline is not None
+    assert (found.n, found.candidate.score.value, found.baseline.score.value) == (4, 0.5, 0.25)
+    assert found.difference == Estimate(0.25, *paired_difference(2, 1, 4))
+    a, b = found.candidate.classes["a"], found.candidate.classes["b"]
+    assert (a.n, a.score, a.precision, a.f1) == (2, 1.0, pytest.approx(2 / 3), pytest.approx(4 / 5))
+    assert (b.n, b.score, b.precision, b.f1) == (2, 0.5, 0.5, 0.5)
+    assert found.classes["a"] == Estimate(0.5, *paired_difference(1, 0, 2, 0.975))
+    assert found.classes["b"] == Estimate(0.0, *paired_difference(0, 0, 2, 0.975))
 
 
 def test_figures_of_each_class_and_of_both_models() -> None:
@@ -91,16 +110,18 @@ def test_the_rule_promotes_and_refuses_at_its_borders() -> None:
 def test_equal_models_are_rarely_refused_for_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "paired_difference", lru_cache(None)(paired_difference))
     random = np.random.default_rng(0)
-    labels = np.repeat(names(*"abcdefghij"), 33)
+    letters = "abcdefghij" * 33
+    labels = names(*letters)
 
-    def answers(share: float = 0.8) -> NDArray[np.object_]:
-        return np.where(random.random(len(labels)) < share, labels, "z")
+    def answers(share: float = 0.8, of_c: float | None = None) -> Any:
+        shares = [share if of_c is None or letter != "c" else of_c for letter in letters]
+        right = random.random(len(letters)) < shares
+        return names(*(letter if is_right else "z" for letter, is_right in zip(letters, right, strict=True)))
 
     refused = np.mean([bool(decide(compare_labels(labels, answers(), answers()), RULE).worse) for _ in range(200)])
     assert refused <= 0.05
     # A class that is really lost is found.
-    lost = np.where(labels == "c", np.where(random.random(len(labels)) < 0.3, labels, "z"), answers(0.9))
-    assert decide(compare_labels(labels, lost.astype(object), answers(0.9)), RULE).worse == ("c",)
+    assert decide(compare_labels(labels, answers(0.9, of_c=0.3), answers(0.9)), RULE).worse == ("c",)
 
 
 def pixels(random: np.random.Generator, num: int, share: float) -> Pixels:
