@@ -8,6 +8,7 @@ end it. It lives on the cluster, so that the machine that submitted the job may 
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -31,7 +32,9 @@ def main() -> None:
 
 def _run_again_and_again(retries: int) -> int:
     """Exit code of the last run, as a shell has it."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    from winnow_jobs import logs
+
+    logs.configure(os.environ.get("WINNOW_LOG_FORMAT", "text"))
     command = [sys.executable, "-m", "winnow_jobs.entrypoint", "0", *sys.argv[1:]]
     for run in range(retries + 1):
         code = subprocess.run(command, check=False).returncode

@@ -102,13 +102,14 @@ class Cluster:
             self._client: JobSubmissionClient = JobSubmissionClient()
             self._check_versions()
 
-    def submit(self, arguments: Sequence[str], config_path: Path, *, retries: int = 0) -> str:
+    def submit(self, arguments: Sequence[str], config_path: Path, *, retries: int = 0, log_format: str = "text") -> str:
         """Start a command on the cluster and return at once; the job's id.
 
         Args:
             arguments: the command line after ``winnow``.
             config_path: the ``winnow.toml`` that goes with it.
             retries: how often the cluster runs the command again when its driver dies or the job fails.
+            log_format: ``text`` or ``json``, whatever the cluster's own jobs write.
 
         Raises:
             CallError: the configuration or an argument cannot hold on the cluster.
@@ -130,7 +131,11 @@ class Cluster:
             job = {
                 "entrypoint": f"exec {shlex.join(command)}",
                 "submission_id": f"winnow-{arguments[0]}-{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}",
-                "runtime_env": {"working_dir": str(working_dir), "py_modules": _modules(modules)},
+                "runtime_env": {
+                    "working_dir": str(working_dir),
+                    "py_modules": _modules(modules),
+                    "env_vars": {"WINNOW_LOG_FORMAT": log_format},
+                },
                 "metadata": {_MARK: shlex.join(arguments), "winnow_version": __version__},
             }
             return self._send(job)

@@ -26,7 +26,7 @@ _HERE = ("demo", "jobs", "services", "submit")
 _PLACES = ("sources", "to", "image")
 """Parameters that name a file, folder or URL without being of click's type Path."""
 
-_LOGGED = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (?P<level>[A-Z]+) \S+:|winnow: ")
+_LOGGED = re.compile(r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (?P<level>[A-Z]+) \S+:|winnow: |{"time": "\d{4}-')
 """How a line starts that a command writes to standard error."""
 
 address_option = click.option(
@@ -72,7 +72,9 @@ def command(
     sent = (*arguments, "--json") if as_json else arguments
     check_command(sent)
     cluster = Cluster(address)
-    job_id = cluster.submit(sent, call.config_path, retries=retries)
+    job_id = cluster.submit(
+        sent, call.config_path, retries=retries, log_format=click.get_current_context().find_root().params["log_format"]
+    )
     if detach:
         click.echo(json.dumps({"job_id": job_id}) if as_json else job_id)
         click.echo(f"winnow: follow it with `winnow jobs logs {job_id} --follow`", err=True)
