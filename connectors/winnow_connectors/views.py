@@ -126,19 +126,21 @@ leaking AS (
 SELECT s.image_id, s.uri, s.split, l.task, l.group_id, l.leaks_into
 FROM leaking AS l JOIN seen AS s ON l.image_id = coalesce(s.parent, s.image_id) WHERE s.{_CURRENT}
 """,
-    # Of each annotation the last event counts (of two at one time: the deletion), of each person the last answer. What
-    # most people said is the label, by the last who said so; where several answers are ahead together there is none.
-    # Masks are one answer: their pixels are put to the vote by `winnow review pull`, which adds a consensus.
+    # Of two events at one time the deletion is the last.
+    "annotations": f"""
+WITH {_FINISHED}
+SELECT labels.*, run_finished_at FROM labels JOIN finished USING (run) WHERE origin = 'label_studio'
+QUALIFY row_number() OVER (
+    PARTITION BY server, project, annotation_id
+    ORDER BY updated_at DESC, event IN ('deleted', 'skipped') DESC, event = 'changed' DESC, run_finished_at DESC
+) = 1
+""",
+    # Of each person the last answer counts. What most people said is the label, by the last who said so; where several
+    # answers are ahead together there is none. Masks are one answer: their pixels are put to the vote by `winnow review
+    # pull`, which adds a consensus.
     "current_labels": f"""
 WITH {_FINISHED},
 events AS (SELECT labels.*, run_finished_at FROM labels JOIN finished USING (run)),
-annotations AS (
-    SELECT * FROM events WHERE origin = 'label_studio'
-    QUALIFY row_number() OVER (
-        PARTITION BY server, project, annotation_id
-        ORDER BY updated_at DESC, event IN ('deleted', 'skipped') DESC, event = 'changed' DESC, run_finished_at DESC
-    ) = 1
-),
 votes AS (
     SELECT *, CASE WHEN {_MASKS} THEN 'masks' ELSE concat_ws('|', label, value) END AS answer
     FROM annotations WHERE event NOT IN ('deleted', 'skipped')
@@ -174,13 +176,6 @@ QUALIFY row_number() OVER (
     # A skip is an answer too. An annotation of an earlier round is none: ties come back as a new round.
     "queue_waiting": f"""
 WITH {_FINISHED}, {_LAST_SEEN},
-annotations AS (
-    SELECT labels.* FROM labels JOIN finished USING (run) WHERE origin = 'label_studio'
-    QUALIFY row_number() OVER (
-        PARTITION BY server, project, annotation_id
-        ORDER BY updated_at DESC, event IN ('deleted', 'skipped') DESC, event = 'changed' DESC, run_finished_at DESC
-    ) = 1
-),
 answered AS (
     SELECT image_id, task, max(coalesce(round, 2147483647)) AS round FROM annotations WHERE event != 'deleted'
     GROUP BY image_id, task

@@ -27,7 +27,7 @@ from winnow.splits import audit_positions
 from winnow_connectors.ledger import digest_of
 from winnow_connectors.object_store import NotFoundError
 from winnow_jobs.push import SHOWING
-from winnow_jobs.review import FINISHED, MAX_ATTEMPTS, begin_anew, publish
+from winnow_jobs.review import MAX_ATTEMPTS, begin_anew, publish
 from winnow_jobs.selection import answerer_of
 from winnow_jobs.vectors import quoted
 
@@ -242,16 +242,10 @@ class Audit:
         """From the tables: originals of the reserve that the model answered, up to the first that waits."""
         rows = engine.sql(
             f"""
-            WITH {FINISHED},
-            annotations AS (
-                SELECT * FROM labels SEMI JOIN finished USING (run)
-                WHERE task = {quoted(task)} AND origin = 'label_studio' AND audit
-                QUALIFY row_number() OVER (
-                    PARTITION BY server, project, annotation_id
-                    ORDER BY updated_at DESC, event IN ('deleted', 'skipped') DESC
-                ) = 1
+            WITH skipped AS (
+                SELECT DISTINCT image_id FROM annotations
+                WHERE task = {quoted(task)} AND audit AND event = 'skipped'
             ),
-            skipped AS (SELECT DISTINCT image_id FROM annotations WHERE event = 'skipped'),
             said AS (SELECT image_id, label FROM current_labels WHERE task = {quoted(task)} AND audit),
             hidden AS (
                 SELECT DISTINCT image_id FROM failures

@@ -230,12 +230,8 @@ class _Puller:
         sql = self._engine.sql
         rows = sql(
             f"""
-            WITH {FINISHED}
             SELECT project, annotation_id, image_id, round, event, updated_at, annotator, reason, audit, sha256
-            FROM labels SEMI JOIN finished USING (run) WHERE {self._of_server} AND origin = 'label_studio'
-            QUALIFY row_number() OVER (
-                PARTITION BY project, annotation_id ORDER BY updated_at DESC, event IN ('deleted', 'skipped') DESC
-            ) = 1
+            FROM annotations WHERE {self._of_server}
             """
         ).to_pylist()
         self._known: dict[int, dict[int, Row]] = defaultdict(dict)

@@ -162,17 +162,10 @@ def status_of(engine: QueryEngine, task: str) -> ReviewStatus:
     ).to_pylist()
     rows = engine.sql(
         f"""
-        WITH {FINISHED}
         SELECT image_id, annotation_id, annotator, event, label, value, seconds, changed_by_person, updated_at
-        FROM labels SEMI JOIN finished USING (run) WHERE {of_task} AND origin = 'label_studio'
-        QUALIFY row_number() OVER (
-            PARTITION BY server, project, annotation_id
-            ORDER BY updated_at DESC, event IN ('deleted', 'skipped') DESC, event = 'changed' DESC
-        ) = 1
-        ORDER BY updated_at
+        FROM annotations WHERE {of_task} AND event != 'deleted' ORDER BY updated_at
         """
     ).to_pylist()
-    rows = [row for row in rows if row["event"] != "deleted"]
     by_image: dict[str, dict[str, Row]] = defaultdict(dict)
     skipped = set()
     for row in rows:

@@ -401,7 +401,7 @@ class TestChanges:
         edited = read_annotation(found[ids[1]].annotations[0], users)
         assert edited.annotation_id == made[1]
         assert edited.updated_at > edited.created_at
-        assert read_class(edited.result, shown="cat").label == "cat"
+        assert read_class(edited.result, shown=["cat"]).label == "cat"
         assert found[ids[2]].annotations == []
 
     def test_many_changes_at_one_time_are_all_found(

@@ -83,7 +83,7 @@ def test_priority_keeps_the_order_of_the_queue(one: int, other: int) -> None:
 
 
 def test_a_prediction_names_model_rank_and_class() -> None:
-    made = prediction("pets@3", 1000, class_result("cat", 0.75))
+    made = prediction("pets@3", 1000, class_result("cat", confidence=0.75))
     assert (made["model_version"], made["score"]) == ("pets@3", 0.5)
     (choice,) = made["result"]
     assert choice["value"] == {"choices": ["cat"]}
@@ -113,22 +113,22 @@ def test_no_shapes_draw_nothing() -> None:
 
 
 def test_a_class_comes_back_and_says_whether_the_person_changed_it() -> None:
-    assert read_class(class_result("cat", 0.9), shown="cat") == Answer("cat", None, False)
-    assert read_class(class_result("cat"), shown="dog") == Answer("cat", None, True)
+    assert read_class(class_result("cat", confidence=0.9), shown=["cat"]) == Answer("cat", None, False)
+    assert read_class(class_result("cat"), shown=["dog"]) == Answer("cat", None, True)
     assert read_class(class_result("cat"), shown=None) == Answer("cat", None, None)
 
 
 @pytest.mark.parametrize("said", [UNSURE, NOT_LISTED])
 def test_unsure_and_not_listed_are_answers_without_a_label(said: str) -> None:
-    answer = read_class(class_result(said), shown="cat")
+    answer = read_class(class_result(said), shown=["cat"])
     assert answer == Answer(None, json.dumps({"answer": said}, separators=(",", ":")), True)
 
 
 def test_other_controls_and_several_choices_are_no_class() -> None:
     other = [{"from_name": "why", "value": {"text": ["because"]}}]
-    assert read_class(other, shown="cat") == Answer(None, '{"choices":[]}', True)
+    assert read_class(other, shown=["cat"]) == Answer(None, '{"choices":[]}', True)
     two = [{"from_name": "class", "value": {"choices": ["cat", "dog"]}}]
-    assert read_class(two, shown="cat") == Answer(None, '{"choices":["cat","dog"]}', True)
+    assert read_class(two, shown=["cat"]) == Answer(None, '{"choices":["cat","dog"]}', True)
 
 
 # -- pull: masks -------------------------------------------------------------------------------------------------------
