@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 import workspaces as ws
-from ray_nodes import Network, RayCluster, Relay
+from coloured import COLOURS, picture
+from ray_nodes import Network, Node, RayCluster, Relay
 from winnow_jobs import Workspace
 from winnow_jobs.local_s3 import LocalS3
 
@@ -29,6 +30,19 @@ ALIKE = """
 kind = "embedding"
 model = "./small.safetensors"
 architecture = "timm/test_resnet"
+"""
+COLOUR = f"""
+model = "./small.safetensors"
+architecture = "timm/test_resnet"
+classes = {json.dumps(list(COLOURS))}
+
+[train]
+num_workers = 2
+epochs = 8
+batch_size = 16
+learning_rate = 0.003
+head_learning_rate = 0.03
+patience = 0
 """
 
 
@@ -75,6 +89,11 @@ class Desk:
     site: Site
     log: Path
 
+    @property
+    def nodes(self) -> list[Node]:
+        """Those that live."""
+        return [node for node in self.site.cluster.nodes if node.process.poll() is None]
+
     def submit(self, *arguments: str) -> str:
         """Submit a job and wait for its end; its log."""
         return ws.run(self.config, "submit", *arguments, timeout_s=600)
@@ -84,16 +103,15 @@ class Desk:
 
     def wait_until_at_work(self, process: subprocess.Popen[bytes]) -> None:
         """Wait until workers read images, and every living node has some of the run's workers; and a moment more."""
-        nodes = [node for node in self.site.cluster.nodes if node.process.poll() is None]
 
         def at_work() -> bool:
-            reading = any(node.titled("FetchDecode", ".submit") for node in nodes)
-            return reading and all(node.titled("ray::MapWorker") for node in nodes)
+            reading = any(node.titled("FetchDecode", ".submit") for node in self.nodes)
+            return reading and all(node.titled("ray::MapWorker") for node in self.nodes)
 
         ws.wait_until(
             lambda: process.poll() is not None or at_work(),
             timeout_s=500,
-            what=f"workers on {len(nodes)} nodes; see {self.log}",
+            what=f"workers on {len(self.nodes)} nodes; see {self.log}",
         )
         time.sleep(1)
         assert process.poll() is None, self.log.read_text()[-4000:]
@@ -105,7 +123,7 @@ def desk(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: p
         monkeypatch.delenv(name)
     for name, value in (site.keys | site.cluster.client_environment).items():
         monkeypatch.setenv(name, value)
-    if all(node.process.poll() is not None for node in site.cluster.nodes[1:]):
+    if not any(node.process.poll() is None for node in site.cluster.nodes[1:]):
         site.cluster.start_worker()
     bucket = f"b{abs(hash(request.node.name)) % 10**9}"
     site.server.create_bucket(bucket)
@@ -142,6 +160,32 @@ def test_predict_duplicates_and_select_run_on_all_nodes(desk: Desk) -> None:
     assert chosen["exit_code"] == 0
     # A model with random weights finds nearly all images alike, and people see one of those that are.
     assert 1 <= ws.one(desk.workspace, "SELECT count(*) AS n FROM queue_waiting")["n"] <= 10
+
+
+@pytest.mark.parametrize("num_images", [1])
+def test_two_workers_on_two_nodes_train_one_network(desk: Desk, num_images: int) -> None:
+    desk.config.write_text(f"{desk.config.read_text()}\n[tasks.colour]\n{COLOUR}")
+    workspace = Workspace(desk.config)
+    source = desk.workspace.warehouse.uri.replace("warehouse", "colours")
+    number = 0
+    for split, num in {"train": 16, "val": 17, "test": 6}.items():
+        for name, colour in COLOURS.items():
+            for _ in range(num):
+                workspace.stores.at(source).put(f"{split}/{name}/{number}.png", picture(colour, number))
+                number += 1
+    workspace.ingest([source], pattern="{split}/{label}/*", task="colour")
+    process = desk.start("train", "colour")
+    ws.wait_until(
+        lambda: process.poll() is not None or all(node.titled("ray::", "TrainWorker") for node in desk.nodes),
+        timeout_s=300,
+        what=f"a worker on each node; see {desk.log}",
+    )
+    assert process.wait(600) == 0, desk.log.read_text()[-4000:]
+    (version,) = workspace.warehouse.registry.versions("colour")
+    metrics = workspace.warehouse.registry.card(version).metrics
+    assert metrics["fit"]["num_workers"] == 2
+    assert metrics["test"]["accuracy"] >= 0.9
+    assert "nothing to do" in desk.submit("train", "colour")
 
 
 @pytest.mark.parametrize("num_images", SIZES)
