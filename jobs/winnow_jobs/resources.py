@@ -172,7 +172,8 @@ def plan_workers(nodes: Sequence[Node], config: TrainConfig) -> WorkerPlan:
     if gpus:
         share = min(1.0, gpus / num)
         return WorkerPlan(num, min(1.0, 0.25 * cores), share, 1, max(1, math.floor(0.5 * cores)), min(0.5, 0.2 * cores))
-    threads = max(1, math.floor(min(cores, min(node.num_cpus for node in nodes))))
+    # Threads wait for each other after every layer, so one that shares its CPU with the readers holds up all.
+    threads = max(1, math.floor(0.75 * min(cores, min(node.num_cpus for node in nodes))))
     return WorkerPlan(num, _share(0.5 * cores), 0.0, threads, 1, _share(0.25 * cores))
 
 
