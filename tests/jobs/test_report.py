@@ -24,13 +24,14 @@ from PIL import Image
 import workspaces as ws
 from audited import Audited
 from delta_tables import HandMade, at
+from model_versions import MEASURED, make_version
 from reviewed import SECRET, telling_jpeg
 from winnow.errors import CallError, StorageError
 from winnow.masks import encode_classes
 from winnow_jobs import Workspace
 from winnow_jobs.cli.main import cli
 from winnow_jobs.report import charts
-from winnow_jobs.report.gather import gather
+from winnow_jobs.report.gather import EpochPoint, gather
 from winnow_jobs.selection import answerer_of
 
 if TYPE_CHECKING:
@@ -219,6 +220,33 @@ def test_forty_classes_are_drawn_and_more_are_put_together(workspace: Workspace)
     page = write(workspace)
     assert "The 40 most frequent of 50 classes; the rest stands together as “all others”." in page.text
     assert page.tags["rect"] > 40
+
+
+def test_how_a_whole_network_learned_is_drawn_and_a_head_has_no_epochs(workspace: Workspace) -> None:
+    warehouse = workspace.warehouse
+    tables = tables_of(workspace)
+    ids = [f"{number:032x}" for number in range(20)]
+    tables.add_rows("images", ({"image_id": each, "split": "train"} for each in ids))
+    answers_of(tables, answerer_of(workspace, TASK), ids, ["ant"] * 20, [0.9] * 20)
+    make_version(warehouse.registry, warehouse.ledger, TASK)
+    assert "How the network learned" not in write(workspace).text
+    losses = [(0.9, 0.8, 0.5), (0.4, 0.35, 0.75), (0.2, 0.45, 0.7)]
+    curve = [
+        {"epoch": number, "train_loss": train, "val_loss": val, "val_accuracy": score, "learning_rate": 0.1}
+        for number, (train, val, score) in enumerate(losses, start=1)
+    ]
+    fit = {"epochs": 3, "best_epoch": 2, "chosen_by": "val", "curve": curve}
+    metrics = {**MEASURED, "train": {"n": 1234}, "fit": fit}
+    make_version(warehouse.registry, warehouse.ledger, TASK, metrics=metrics)
+    (task,) = gather(workspace).tasks
+    assert [point.epochs for point in task.versions] == [
+        (),
+        tuple(EpochPoint(number, *losses[number - 1]) for number in (1, 2, 3)),
+    ]
+    page = write(workspace)
+    assert "objects@2 saw its 1,234 images 3 times; the weights are those of epoch 2." in page.text
+    assert "Loss by epoch: train 0.900 to 0.200, val 0.800 to 0.450." in page.html
+    assert "0.350" in page.text
 
 
 def test_the_audit_is_told_as_the_last_look_said_it(tmp_path: Path) -> None:

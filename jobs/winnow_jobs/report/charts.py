@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from winnow.audit import CurvePoint
 from winnow.evaluation import Slice
-from winnow_jobs.report.gather import CalibrationBin, Measured, ModelPoint
+from winnow_jobs.report.gather import CalibrationBin, EpochPoint, Measured, ModelPoint
 
 WIDTH, HEIGHT = 360, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 12, 42
@@ -224,6 +224,27 @@ def learning(points: Sequence[ModelPoint]) -> Markup:
     plot.x_axis("images that it learned from", _counts(xs))
     said = ", ".join(f"{point.name} {value:.3f} of {point.num_labels:,} labels" for point, value in shown[-8:])
     return plot.svg(f"Learning curve, {measure}: {said}.")
+
+
+def training(epochs: Sequence[EpochPoint], best: int) -> Markup:
+    """Loss on the images that teach, and on val, by epoch; a dot on the epoch whose weights were kept."""
+    judged = [(point.epoch, point.val_loss) for point in epochs if point.val_loss is not None]
+    taught = [(point.epoch, point.train_loss) for point in epochs]
+    ticks = ticks_to(max(loss for _, loss in (*taught, *judged)))
+    last = epochs[-1].epoch
+    plot = Plot((0.0, float(last)), (0.0, ticks[-1]))
+    plot.y_axis("loss", [(value, f"{value:.3g}") for value in ticks])
+    for points, style in ((taught, "two"), (judged, "one")):
+        if len(points) > 1:
+            plot.line(points, style)
+        for epoch, loss in points:
+            if epoch == best or len(points) == 1:
+                plot.dot(epoch, loss, 4, style)
+    plot.x_axis("epoch", _counts([value for value in ticks_to(float(last)) if value <= last]))
+    said = f"train {taught[0][1]:.3f} to {taught[-1][1]:.3f}"
+    if judged:
+        said += f", val {judged[0][1]:.3f} to {judged[-1][1]:.3f}"
+    return plot.svg(f"Loss by epoch: {said}.")
 
 
 def confusion_map(measured: Measured) -> Markup:

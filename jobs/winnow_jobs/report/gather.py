@@ -137,6 +137,16 @@ class Look:
 
 
 @dataclass(frozen=True)
+class EpochPoint:
+    """One epoch of ``winnow train``: losses in nats per image or pixel, and the score on val; None without val."""
+
+    epoch: int
+    train_loss: float
+    val_loss: float | None
+    val_score: float | None
+
+
+@dataclass(frozen=True)
 class ModelPoint:
     """A model version as its card has it.
 
@@ -150,6 +160,8 @@ class ModelPoint:
         low, high: 95 % interval of an accuracy.
         classes: score by class: F1 or IoU.
         production: it answers now.
+        epochs: how a whole network was trained; empty for a head.
+        best_epoch: whose weights these are; 0 for a head.
     """
 
     name: str
@@ -162,6 +174,8 @@ class ModelPoint:
     high: float | None
     classes: Mapping[str, float | None]
     production: bool
+    epochs: tuple[EpochPoint, ...] = ()
+    best_epoch: int = 0
 
 
 @dataclass(frozen=True)
@@ -576,7 +590,14 @@ def _point(version: Version) -> ModelPoint:
         high=None if share is None else share.high,
         classes={name: row.get(key) for name, row in (found.get("classes") or {}).items()},
         production=version.production,
+        epochs=tuple(_epoch(row) for row in metrics.get("fit", {}).get("curve") or ()),
+        best_epoch=int(metrics.get("fit", {}).get("best_epoch") or 0),
     )
+
+
+def _epoch(row: Mapping[str, Any]) -> EpochPoint:
+    scores = [value for key, value in row.items() if key.startswith("val_") and key != "val_loss"]
+    return EpochPoint(row["epoch"], row["train_loss"], row.get("val_loss"), scores[0] if scores else None)
 
 
 def _pictures(
