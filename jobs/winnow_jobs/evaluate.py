@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -369,11 +370,17 @@ class LabelAnswers(Answers):
     """Of a classification task."""
 
     def compare(self) -> Comparison:
-        return compare_labels(self._labels(), self._answers(0), self._answers(1) if self.num_models > 1 else None)
+        return compare_labels(self._labels, self._answers(0), self._answers(1) if self.num_models > 1 else None)
 
     def score(self, model: int, inside_N: NDArray[np.bool_]) -> Estimate:
-        return share_right(right_sets(self._labels(), self._answers(model))[inside_N])
+        return share_right(self._right[model][inside_N])
 
+    @cached_property
+    def _right(self) -> list[NDArray[np.bool_]]:
+        """Which answers of each model are right; every slice asks."""
+        return [right_sets(self._labels, self._answers(model)) for model in range(self.num_models)]
+
+    @cached_property
     def _labels(self) -> list[frozenset[str]]:
         return [frozenset(classes_said(image["label"], image["value"]) or ()) for image in self.images]
 
