@@ -202,3 +202,34 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_continues(tmp_path: Path) -> 
     ws.check_conserved(workspace, 1_000)
     assert workspace.warehouse.ledger.open_runs() == []
     assert run.run_id in ws.run(config, "runs", "--json")
+
+
+@pytest.mark.parametrize(("statement", "code"), [("SELECT 1 AS n", 0), ("SELECT nothing", 2)])
+def test_a_command_leaves_without_taking_python_down(tmp_path: Path, statement: str, code: int) -> None:
+    """Threads of Arrow that outlive a scan abort a process whose Python is going down."""
+    winnow(tmp_path, "init")
+    script = """
+        import atexit, os, sys
+        from winnow_jobs.cli.main import main
+
+        class Finalized:
+            def __del__(self, write=os.write):
+                write(1, b"Python was taken down")
+
+        late = Finalized()
+        sys.argv = ["winnow", *sys.argv[1:]]
+        try:
+            main()
+        finally:
+            atexit.register(print, "exit handlers ran")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), "query", statement, "--format", "csv"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == code
+    assert done.stdout == ("n\n1\n" if code == 0 else "") + "exit handlers ran\n"

@@ -5,7 +5,10 @@ Exit codes: 0 done, 1 the job failed, 2 the call was wrong, 130 stopped with Ctr
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import importlib
+import os
 import sys
 from functools import cached_property
 from pathlib import Path
@@ -104,16 +107,43 @@ def cli(ctx: click.Context, config_path: Path, verbose: int, log_format: str) ->
 
 
 def main() -> None:
-    """Run the command line; the entry point of ``winnow``."""
+    """Run the command line, and end the process with its exit code; the entry point of ``winnow``.
+
+    Python itself is not taken down: threads of Arrow may still be letting go of a table's files, and one that asks for
+    the interpreter by then aborts the process, after all its work is done (apache/arrow#36389). What was registered to
+    run at exit since here (Ray's, temporary folders') runs before.
+    """
+    code = 1
+
+    def leave() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+
+    atexit.register(leave)
+    try:
+        code = _run()
+        sys.stdout.flush()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+    except BrokenPipeError:
+        code = 1  # whoever read the output has gone
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Exit code of the command line in ``sys.argv``."""
     try:
         code = cli.main(standalone_mode=False)
     except click.ClickException as error:
         error.show()
-        code = 2
+        return 2
     except (click.Abort, KeyboardInterrupt):
         logs.say_last("stopped; nothing half-done is visible. Run the same command to continue.", lead="\n")
-        code = 130
+        return 130
     except WinnowError as error:
         logs.say_last(str(error))
-        code = error.exit_code
-    sys.exit(code if isinstance(code, int) else 0)
+        return error.exit_code
+    return code if isinstance(code, int) else 0
