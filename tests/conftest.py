@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import itertools
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,9 @@ SHARED_DATA = (Path(__file__).resolve().parents[1] / ".." / "shared" / "data").r
 """Real images and weights that are not part of the repository."""
 
 WEIGHTS = "mobilenet_v2-b0353104.pth"
+
+# In the background of a shell Ctrl-C is ignored, and every process that the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

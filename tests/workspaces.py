@@ -110,8 +110,6 @@ def start(config: Path, *arguments: str, log: Path, env: dict[str, str] | None =
             stderr=subprocess.STDOUT,
             env={**os.environ, **(env or {})},
             start_new_session=True,
-            # Where the tests run in the background of a shell, Ctrl-C is ignored, and children inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     STARTED.append(process)
     return process
