@@ -152,7 +152,7 @@ def fill_bucket(walk: Walk) -> None:
     for key, data in files.items():
         bucket.put(key, data)
     with (walk.folder / "coins.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["uri", "mask", "split"], *rows])
+        csv.writer(file, lineterminator="\n").writerows([["uri", "mask", "split"], *rows])
 
 
 def jpeg(image: Image.Image, quality: int) -> bytes:
