@@ -124,12 +124,11 @@ def main() -> None:
     atexit.register(leave)
     try:
         code = _run()
-        sys.stdout.flush()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         raise
     except BrokenPipeError:
-        code = 1  # whoever read the output has gone
+        pass  # whoever read the output has gone
     sys.exit(code)
 
 
@@ -137,6 +136,7 @@ def _run() -> int:
     """Exit code of the command line in ``sys.argv``."""
     try:
         code = cli.main(standalone_mode=False)
+        sys.stdout.flush()  # what cannot be written any more is no success
     except click.ClickException as error:
         error.show()
         return 2
