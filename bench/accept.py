@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 
 from photographs import Photographs, photographs
 from winnow import uncertainty
-from winnow.models.linear_head import fit_linear_head
 from winnow.risk import largest_claim, share_of_look
 
 PARTS = 5
@@ -38,12 +37,9 @@ def answers(
     photos: Photographs, teach: NDArray[np.int64], choose: NDArray[np.int64], ask: NDArray[np.int64]
 ) -> Answers:
     """What a head says that ``teach`` taught and ``choose`` calibrated."""
-    features_ND, classes_N = photos.features_ND, photos.classes_N
-    head = fit_linear_head(
-        features_ND[teach], classes_N[teach], photos.num_classes, chooser=(features_ND[choose], classes_N[choose])
-    )
-    probabilities = uncertainty.softmax(head.logits(features_ND[ask]) / (head.temperature or 1.0))
-    return uncertainty.confidence(probabilities), probabilities.argmax(axis=1) != classes_N[ask]
+    head = photos.head(teach, choose, np.concatenate([teach, choose]))
+    probabilities = uncertainty.softmax(head.logits(photos.scaled_ND[ask]) / (head.temperature or 1.0))
+    return uncertainty.confidence(probabilities), probabilities.argmax(axis=1) != photos.classes_N[ask]
 
 
 def held_out(photos: Photographs) -> Answers:

@@ -7,7 +7,7 @@ order decides what "the first N labels" are; else it is the order of the names.
 
     python bench/heads.py FOLDER                      # all labels, the first 100, and 100 drawn five times
     python bench/heads.py FOLDER --crop 0.875 --labels 300
-    python bench/heads.py FOLDER --compare 50 100 300 700      # many draws: the head, and its regression alone
+    python bench/heads.py FOLDER --compare 50 100 300 700      # many draws: the head, and what it is made of
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from click import echo
 from winnow.calibration import expected_calibration_error
 from winnow.metrics import log_loss
 from winnow.models import linear_head
+from winnow.models.linear_head import emphasis, root_mean_square_1
 from winnow.models.references import resolve_backbone
 from winnow.uncertainty import softmax
 from winnow_jobs import Workspace
@@ -55,7 +56,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 def workspace_of(rows: list[dict[str, str]], folder: Path, crop: float) -> Workspace:
     """A workspace that knows these photographs and their labels."""
     folder.mkdir()
-    classes = sorted({row["label"] for row in rows})
+    classes = sorted({row["label"] for row in rows} - {""})
     (folder / "winnow.toml").write_text(CONFIG.format(crop=crop, classes=json.dumps(classes)))
     with (folder / "photographs.csv").open("w") as file:
         writer = csv.DictWriter(file, ["uri", "label", "split"])
@@ -105,42 +106,64 @@ def features_of(workspace: Workspace) -> dict[str, tuple[np.ndarray, np.ndarray]
 
 
 def compare(workspace: Workspace, sizes: list[int], num_draws: int) -> None:
-    """The head and its regression alone on the same draws; val chooses; judged on the rest of train, and on test."""
+    """The head and what it is made of on the same draws; val chooses; judged on the rest of train, and on test.
+
+    Directions are emphasised by all images of train and val, as in a training that reads so many without labels.
+    Log-loss and calibration error are those of images whose class was drawn at all.
+    """
     features = features_of(workspace)
-    (train_ND, train_N), test = features["train"], features["test"]
+    train_N, test_N = features["train"][1], features["test"][1]
+    scaled = {split: root_mean_square_1(images_ND) for split, (images_ND, _) in features.items()}
+    emphasis_DD = emphasis(np.concatenate([scaled["train"], scaled["val"]]))
+    plain = {split: images_ND for split, (images_ND, _) in features.items()}
+    ways: dict[str, tuple[dict[str, np.ndarray], np.ndarray | None, tuple[float, ...]]] = {
+        "regression": (plain, None, ()),
+        "with a share of LDA": (plain, None, SHARES),
+        "and scaled features": (scaled, None, SHARES),
+        "and emphasis: the head": (scaled, emphasis_DD, SHARES),
+    }
     random = np.random.default_rng(0)
     for size in sizes:
-        found: dict[str, list[list[float]]] = {"regression": [], "head": []}
+        found: dict[str, list[list[float]]] = {name: [] for name in ways}
         for _ in range(num_draws):
             order = random.permutation(len(train_N))
             drawn, rest = order[:size], order[size:]
-            for name, shares in (("regression", ()), ("head", SHARES)):
+            for name, (images, directions_DD, shares) in ways.items():
                 linear_head.SHARES = shares  # type: ignore[assignment]
                 head = linear_head.fit_linear_head(
-                    train_ND[drawn], train_N[drawn], int(train_N.max()) + 1, chooser=features["val"]
+                    images["train"][drawn],
+                    train_N[drawn],
+                    int(train_N.max()) + 1,
+                    chooser=(images["val"], features["val"][1]),
+                    emphasis_DD=directions_DD,
                 )
                 figures = []
-                for images_ND, labels_N in ((train_ND[rest], train_N[rest]), test):
+                for images_ND, labels_N in ((images["train"][rest], train_N[rest]), (images["test"], test_N)):
                     probabilities = softmax(head.logits(images_ND) / (head.temperature or 1.0))
+                    known = np.isin(labels_N, train_N[drawn])
                     figures += [
                         float((probabilities.argmax(axis=1) == labels_N).mean()),
-                        log_loss(labels_N, probabilities),
-                        expected_calibration_error(probabilities, labels_N),
+                        log_loss(labels_N[known], probabilities[known]),
+                        expected_calibration_error(probabilities[known], labels_N[known]),
                     ]
                 found[name].append([*figures, head.share])
+        first = np.array(found["regression"])
         for name, rows in found.items():
             mean = np.mean(rows, axis=0)
             echo(
-                f"{size:5} labels, {num_draws} draws  {name:10}  rest of train: accuracy {mean[0]:.4f}, log-loss "
+                f"{size:5} labels, {num_draws} draws  {name:23} rest of train: accuracy {mean[0]:.4f}, log-loss "
                 f"{mean[1]:.4f}, ECE {mean[2]:.4f}  test: {mean[3]:.4f}, {mean[4]:.4f}, {mean[5]:.4f}  "
                 f"share {mean[6]:.2f}"
             )
-        differences = np.array(found["head"]) - np.array(found["regression"])
-        errors = differences.std(axis=0, ddof=1) / num_draws**0.5
-        echo(
-            "      head - regression, and its standard error: "
-            + ", ".join(f"{d:+.4f} ± {e:.4f}" for d, e in zip(differences.mean(axis=0)[:6], errors, strict=False))
-        )
+            if name != "regression":
+                differences = np.array(rows) - first
+                errors = differences.std(axis=0, ddof=1) / num_draws**0.5
+                echo(
+                    "      minus the first, and its standard error: "
+                    + ", ".join(
+                        f"{d:+.4f} ± {e:.4f}" for d, e in zip(differences.mean(axis=0)[:6], errors, strict=False)
+                    )
+                )
 
 
 def main() -> None:
@@ -160,7 +183,7 @@ def main() -> None:
             compare(everything, arguments.compare, arguments.draws)
             return
         report(f"all {len(train):,} labels", everything)
-        first = train[: arguments.labels] + [row for row in rows if row["split"] != "train"]
+        first = [{**row, "label": ""} if row in train[arguments.labels :] else row for row in rows]
         report(f"the first {arguments.labels}", workspace_of(first, Path(scratch, "first"), arguments.crop))
         found = [
             report(f"{arguments.labels} drawn, seed {seed}", everything, limit_labels=arguments.labels, seed=seed)

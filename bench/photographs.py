@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from heads import rows_of, workspace_of
 from numpy.typing import NDArray
 from PIL import Image
 
+from winnow.models.linear_head import LinearHead, emphasis, fit_linear_head, root_mean_square_1
 from winnow.models.references import resolve_backbone
 from winnow.perceptual_hash import perceptual_hash
 from winnow_jobs.heads import HeadJob
@@ -51,6 +53,28 @@ class Photographs:
         vectors_ND: NDArray[np.float32] = self.features_ND / np.linalg.norm(self.features_ND, axis=1, keepdims=True)
         return vectors_ND
 
+    def head(self, teach: NDArray[np.int64], choose: NDArray[np.int64], seen: NDArray[np.int64]) -> LinearHead:
+        """The head that ``winnow train --head`` makes of features scaled as it does; see ``scaled_ND``.
+
+        Args:
+            teach: numbers of the photographs that it learns from.
+            choose: of those that choose strength and temperature.
+            seen: of those whose labels are not looked at, the others included.
+        """
+        scaled_ND, classes_N = self.scaled_ND, self.classes_N
+        return fit_linear_head(
+            scaled_ND[teach],
+            classes_N[teach],
+            self.num_classes,
+            chooser=(scaled_ND[choose], classes_N[choose]),
+            emphasis_DD=emphasis(scaled_ND[seen]),
+        )
+
+    @cached_property
+    def scaled_ND(self) -> NDArray[np.float32]:
+        """Features as the head looks at them."""
+        return root_mean_square_1(self.features_ND)
+
     def of(self, split: str) -> NDArray[np.int64]:
         """Numbers of the photographs of a split."""
         return np.flatnonzero(self.splits_N == split)
@@ -76,7 +100,7 @@ def photographs(folder: Path, crop: float, cache: Path | None) -> Photographs:
     )
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(kept, **vars(found))
+        np.savez(kept, **{name: getattr(found, name) for name in Photographs.__dataclass_fields__})
     return found
 
 

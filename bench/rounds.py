@@ -31,7 +31,7 @@ from photographs import Photographs, photographs
 from winnow import uncertainty
 from winnow.config import Config
 from winnow.coreset import Coverage
-from winnow.models.linear_head import LinearHead, fit_linear_head
+from winnow.models.linear_head import LinearHead
 from winnow.similarity import NearRule
 from winnow_jobs.candidates import Covered, Images
 from winnow_jobs.measuring import LEAST_VAL
@@ -81,15 +81,10 @@ class Race:
         photos = self.photos
         if len(self.val) < LEAST_VAL:
             raise SystemExit(f"{len(self.val)} photographs of val are fewer than the {LEAST_VAL} that choose a head")
-        return fit_linear_head(
-            photos.features_ND[labelled],
-            photos.classes_N[labelled],
-            photos.num_classes,
-            chooser=(photos.features_ND[self.val], photos.classes_N[self.val]),
-        )
+        return photos.head(labelled, self.val, np.concatenate([self.pool, self.val]))
 
     def accuracy(self, head: LinearHead) -> float:
-        answers = head.logits(self.photos.features_ND[self.judged]).argmax(axis=1)
+        answers = head.logits(self.photos.scaled_ND[self.judged]).argmax(axis=1)
         return float((answers == self.photos.classes_N[self.judged]).mean())
 
     def choose(self, head: LinearHead, labelled: Places, shares: Mapping[str, float], seed: int) -> Places:
@@ -97,7 +92,7 @@ class Race:
         photos, vectors_ND = self.photos, self.photos.vectors_ND
         rest = np.setdiff1d(self.pool, labelled)
         known = np.concatenate([labelled, self.val])
-        probabilities = uncertainty.softmax(head.logits(photos.features_ND[rest]) / (head.temperature or 1.0))
+        probabilities = uncertainty.softmax(head.logits(photos.scaled_ND[rest]) / (head.temperature or 1.0))
         numbers = {
             "confidence": uncertainty.confidence(probabilities),
             "margin": uncertainty.margin(probabilities),

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from winnow.calibration import LEAST_IMAGES, calibration_metrics
-from winnow.errors import JobError
+from winnow.errors import FAILURE_KINDS, JobError
 from winnow.masks import label_dtype
 from winnow.metrics import classification_metrics
 from winnow.models.cards import Head
@@ -38,7 +38,7 @@ from winnow_jobs.measuring import (
     left_out_sentences,
 )
 from winnow_jobs.progress import Progress
-from winnow_jobs.reading import Read
+from winnow_jobs.reading import Read, Row
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,6 +50,9 @@ logger = logging.getLogger(__name__)
 
 FEW_LABELS = 5
 """A class with fewer labels is warned about."""
+
+MOST_FEATURES = 4000
+"""Features of so many images tell in which directions they vary; images without labels are read as far as they lack."""
 
 _FOLDS = 5
 
@@ -93,6 +96,7 @@ class HeadJob:
         backbone: ResolvedModel,
         labels: LabelledImages,
         reading: PredictConfig,
+        unlabelled: Sequence[Row] = (),
     ) -> None:
         from winnow.models.loading import load_network
         from winnow.models.networks import state_of
@@ -105,6 +109,7 @@ class HeadJob:
         self.backbone = backbone
         self.labels = labels
         self.reading = reading
+        self.unlabelled = unlabelled
         self.network = load_network(backbone, fetch=workspace.stores.download)
         self.state = {key: tensor.clone() for key, tensor in state_of(self.network).items()}
         self.num_images: Counter[str] = Counter(dict.fromkeys(SPLITS, 0))
@@ -121,24 +126,43 @@ class HeadJob:
         """What was remarked, and the images left out."""
         return [*self._warnings, *left_out_sentences(self.failures, self._examples)]
 
-    def read(self, use: Callable[[FeatureReader, Featured], None]) -> None:
-        """Features of all images, split by split, in the order of image ids.
+    def read(
+        self,
+        use: Callable[[FeatureReader, Featured], None],
+        use_unlabelled: Callable[[Featured], None] = lambda featured: None,
+    ) -> None:
+        """Features of all images, split by split, in the order of image ids; then of those without labels.
 
         Raises:
             StoppedError: too many images failed.
         """
         started = time.monotonic()
-        total = self.labels.rows.num_rows
+        total = self.labels.rows.num_rows + len(self.unlabelled)
         with (
             Progress("features", total) as progress,
             FeatureReader(self.backbone, self.network, self.workspace.stores, self.reading) as reader,
         ):
+            num_unlabelled = 0
+
+            def tell() -> None:
+                num_failed = sum(self.failures.values())
+                progress.update(sum(self.num_images.values()) + num_unlabelled + num_failed, num_failed)
+
             for split in SPLITS:
                 for featured in reader.read(self.labels.of(split).to_pylist(), self.fail):
                     use(reader, featured)
-                    done = sum(self.num_images.values()) + sum(self.failures.values())
-                    progress.update(done, sum(self.failures.values()))
+                    tell()
+            for featured in reader.read(self.unlabelled, self._skip):
+                use_unlabelled(featured)
+                num_unlabelled += len(featured.images)
+                tell()
         self.seconds["features"] = time.monotonic() - started
+
+    def _skip(self, image: Read) -> None:
+        """An image without a label that cannot be read is not missed, but without the storage nothing is made."""
+        assert image.error is not None
+        if FAILURE_KINDS[image.error.kind].systemic:
+            self.fail(image)
 
     def fail(self, image: Read) -> None:
         """Leave an image out.
@@ -164,25 +188,30 @@ class HeadJob:
 
 
 def learn_labels(job: HeadJob) -> Learned:
-    """Multinomial logistic regression on the features of each image; val chooses its strength and its temperature."""
+    """A linear head on the scaled features of each image; val chooses its strength and its temperature."""
     import torch
 
-    from winnow.models.linear_head import fit_linear_head
+    from winnow.models.linear_head import EMPHASIS, emphasis, fit_linear_head, root_mean_square_1
+    from winnow.models.networks import RmsLinear
 
     index = {name: number for number, name in enumerate(job.classes)}
     features: dict[str, list[NDArray[np.float32]]] = {split: [] for split in SPLITS}
     labels: dict[str, list[int]] = {split: [] for split in SPLITS}
+    unlabelled: list[NDArray[np.float32]] = []
     groups: list[str] = []
+
+    def use_unlabelled(featured: Featured) -> None:
+        unlabelled.append(root_mean_square_1(featured.features[0]))
 
     def use(_: FeatureReader, featured: Featured) -> None:
         split = featured.images[0].row["split"]
-        features[split].append(featured.features[0])
+        features[split].append(root_mean_square_1(featured.features[0]))
         labels[split] += [index[image.row["label"]] for image in featured.images]
         if split == "train":
             groups.extend(image.row["group"] for image in featured.images)
         job.num_images[split] += len(featured.images)
 
-    job.read(use)
+    job.read(use, use_unlabelled)
     job.check_left()
     depth = features["train"][0].shape[1]
     features_ND = {split: np.concatenate([np.empty((0, depth), np.float32), *features[split]]) for split in SPLITS}
@@ -199,6 +228,7 @@ def learn_labels(job: HeadJob) -> Learned:
             "the regularisation is chosen by five folds of the train split"
         )
     started = time.monotonic()
+    shown_ND = np.concatenate([features_ND["train"], features_ND["val"], *unlabelled])
     with Progress("train") as progress:
 
         def on_fit(done: int, total: int) -> None:
@@ -211,6 +241,7 @@ def learn_labels(job: HeadJob) -> Learned:
             len(job.classes),
             chooser=(features_ND["val"], labels_N["val"]) if enough else None,
             folds_N=None if enough else _folds(groups, job.seed),
+            emphasis_DD=emphasis(shown_ND),
             on_fit=on_fit,
         )
     job.seconds["fit"] = time.monotonic() - started
@@ -220,8 +251,8 @@ def learn_labels(job: HeadJob) -> Learned:
             f"fewer than {LEAST_IMAGES} labelled images could be asked that had not taught: the temperature is 1, and "
             "confidence may be far from accuracy"
         )
-    head = torch.nn.Linear(depth, len(job.classes))
-    head.load_state_dict(
+    head = RmsLinear(depth, len(job.classes))
+    head.linear.load_state_dict(
         {"weight": torch.from_numpy(fitted.weight_CD).float(), "bias": torch.from_numpy(fitted.bias_C).float()}
     )
     logits_NC = {split: fitted.logits(features_ND[split]) for split in ("val", "test")}
@@ -239,6 +270,8 @@ def learn_labels(job: HeadJob) -> Learned:
         "l2_strength": fitted.strength,
         "lda_share": fitted.share,
         "lda_shrinkage": fitted.shrinkage,
+        "emphasis": EMPHASIS,
+        "num_unlabelled": sum(len(found) for found in unlabelled),
         "chosen_by": chosen_by,
         "log_loss": fitted.log_loss,
         "log_loss_by_strength": {f"{strength:.4g}": loss for strength, loss in fitted.log_losses.items()},
@@ -247,7 +280,7 @@ def learn_labels(job: HeadJob) -> Learned:
         split: {job.classes[number]: int(count) for number, count in enumerate(np.bincount(labels_N[split])) if count}
         for split in SPLITS
     }
-    return Learned(head, "linear", metrics, counts, temperature)
+    return Learned(head, "rms_linear", metrics, counts, temperature)
 
 
 def _folds(groups: Sequence[str], seed: int) -> NDArray[np.int64]:

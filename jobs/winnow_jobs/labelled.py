@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 LABELS = "labels.parquet"
 """Where a training keeps its labels, in the folder of its run."""
 
+UNLABELLED = "unlabelled.parquet"
+"""And images without labels that it looks at."""
+
 SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string()),
@@ -44,6 +47,14 @@ SELECT i.image_id, i.uri, i.version, i.size, i.split, i."group", l.label, l.valu
 FROM current_labels AS l JOIN current_images AS i USING (image_id)
 WHERE l.task = {task}
 ORDER BY i.image_id
+"""
+
+
+_UNLABELLED = """
+SELECT image_id, uri, version, size FROM current_images
+WHERE split = 'train' AND parent IS NULL AND NOT audit AND image_id NOT IN (SELECT image_id FROM quarantined)
+    AND image_id NOT IN (SELECT image_id FROM current_labels WHERE audit)
+ORDER BY image_id LIMIT {limit}
 """
 
 
@@ -97,13 +108,23 @@ class LabelledImages:
         return self.rows.filter(pc.equal(self.rows["split"], split))
 
     def to_parquet(self) -> bytes:
-        sink = io.BytesIO()
-        pq.write_table(self.rows, sink, compression="zstd")
-        return sink.getvalue()
+        return to_parquet(self.rows)
 
     @classmethod
     def from_parquet(cls, data: bytes) -> LabelledImages:
-        return cls(pq.read_table(pa.BufferReader(data)).cast(SCHEMA))
+        return cls(from_parquet(data).cast(SCHEMA))
+
+
+def to_parquet(rows: pa.Table) -> bytes:
+    """A Parquet file of these rows."""
+    sink = io.BytesIO()
+    pq.write_table(rows, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def from_parquet(data: bytes) -> pa.Table:
+    """What ``to_parquet`` wrote."""
+    return pq.read_table(pa.BufferReader(data))
 
 
 def labelled_images(
@@ -146,6 +167,23 @@ def labelled_images(
         num_unsure=found.num_rows - sure.num_rows,
         num_leaking=sure.num_rows - int(pc.sum(pc.invert(sure["leaking"])).as_py() or 0),
     )
+
+
+def unlabelled_images(engine: QueryEngine, labels: LabelledImages, most: int) -> pa.Table:
+    """Originals of the train split whose label a training does not use, without those of the audit reserve.
+
+    Args:
+        engine: SQL over the warehouse.
+        labels: those that are used.
+        most: images in all: none when so many are labelled.
+
+    Returns:
+        image_id, uri, version and size, in the order of image ids, which is a random one.
+    """
+    known = labels.rows["image_id"].combine_chunks()
+    wanted = max(0, most - len(known))
+    found = engine.sql(_UNLABELLED.format(limit=wanted + len(known) if wanted else 0))
+    return found.filter(pc.invert(pc.is_in(found["image_id"], value_set=known))).slice(0, wanted).combine_chunks()
 
 
 _SAID = ("label", "value")

@@ -78,6 +78,8 @@ class ImageReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        # An error in the middle of the images leaves some under way.
+        asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -130,6 +132,14 @@ class ImageReader:
         finally:
             for future in under_way:
                 future.cancel()
+
+
+async def _cancel_others() -> None:
+    """End all other tasks of the loop."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def in_batches(images: Iterable[Read], batch_size: int, on_error: Callable[[Read], None]) -> Iterator[list[Read]]:

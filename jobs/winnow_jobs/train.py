@@ -25,8 +25,16 @@ from winnow.models.references import ResolvedModel, resolve_backbone
 from winnow.splits import SPLITS
 from winnow_connectors.ledger import Plan, Run, digest_of, new_run_id
 from winnow_connectors.registry import train_work
-from winnow_jobs.heads import HeadJob, learn_labels, learn_masks
-from winnow_jobs.labelled import LABELS, LabelledImages, labelled_images
+from winnow_jobs.heads import MOST_FEATURES, HeadJob, learn_labels, learn_masks
+from winnow_jobs.labelled import (
+    LABELS,
+    UNLABELLED,
+    LabelledImages,
+    from_parquet,
+    labelled_images,
+    to_parquet,
+    unlabelled_images,
+)
 from winnow_jobs.measuring import left_out_sentences, to_safetensors
 from winnow_jobs.training.spec import FineTuneSpec, WorkersDiedError, make_spec
 
@@ -37,7 +45,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TRAINER = 3
+TRAINER = 4
 """Raised when the same labels give another version than before."""
 
 _READING = ("precision", "scaled_decoding", "max_bytes", "max_pixels")
@@ -147,6 +155,9 @@ def train(
             return work_off(workspace, run)
         run_id = new_run_id("train")
         workspace.warehouse.store.put(f"runs/{run_id}/{LABELS}", labels.to_parquet())
+        if head and config.kind == "classification":
+            unlabelled = unlabelled_images(workspace.query_engine(), labels, MOST_FEATURES)
+            workspace.warehouse.store.put(f"runs/{run_id}/{UNLABELLED}", to_parquet(unlabelled))
         run = ledger.begin(
             Plan(
                 run_id=run_id,
@@ -259,7 +270,8 @@ class _Trained:
 def _train_head(workspace: Workspace, run: Run, labels: LabelledImages) -> _Trained:
     plan = run.plan.config
     backbone = ResolvedModel.from_json(json.dumps(plan["backbone"]))
-    learn = learn_masks if plan["kind"] == "segmentation" else learn_labels
+    is_dense = plan["kind"] == "segmentation"
+    learn = learn_masks if is_dense else learn_labels
     job = HeadJob(
         workspace,
         plan["task"],
@@ -269,6 +281,7 @@ def _train_head(workspace: Workspace, run: Run, labels: LabelledImages) -> _Trai
         backbone,
         labels,
         workspace.config.predict.model_copy(update=plan["reading"]),
+        [] if is_dense else from_parquet(run.store.get(run.key(UNLABELLED))).to_pylist(),
     )
     learned = learn(job)
     return _Trained(

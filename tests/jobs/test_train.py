@@ -42,7 +42,7 @@ def test_labels_become_a_version_that_answers_once_it_is_promoted(tmp_path: Path
     assert made.metrics["fit"]["chosen_by"] == "5 folds of train"
     assert any("fewer than 50" in warning for warning in made.warnings)
     card = workspace.warehouse.registry.card(workspace.warehouse.registry.version("colour@1"))
-    assert (card.head, card.classes, card.run) == ("linear", tuple(COLOURS), made.run_id)
+    assert (card.head, card.classes, card.run) == ("rms_linear", tuple(COLOURS), made.run_id)
     assert card.parent.startswith("start.safetensors#")
     assert card.labels.counts["train"] == dict.fromkeys(COLOURS, 6)
     # 18 images of train answered out of their fold are too few for a temperature.
@@ -165,6 +165,48 @@ def test_images_of_the_audit_reserve_are_never_used(tmp_path: Path) -> None:
     assert 0 < audit["audit"] < audit["images"] == 36
     made = train(workspace)
     assert sum(made.num_images.values()) == audit["images"] - audit["audit"]
+
+
+def test_images_without_labels_are_looked_at_as_far_as_they_may_be(tmp_path: Path) -> None:
+    from winnow_jobs.labelled import labelled_images, unlabelled_images
+
+    workspace = labelled(tmp_path, audit=0.3)
+    without = tmp_path / "more"
+    for number in range(20):
+        for split in ("train", "val", "test"):
+            (without / split).mkdir(parents=True, exist_ok=True)
+            (without / split / f"{number}.png").write_bytes(picture((120, 120, 40), 500 + number))
+    (without / "train" / "broken.png").write_bytes(b"no image")
+    workspace.ingest([str(without)], pattern="{split}/*")
+    config = workspace.config.task("colour")
+    labels = labelled_images(workspace.query_engine(), "colour", config, limit=4)
+    expected = workspace.query(
+        "SELECT image_id FROM current_images WHERE split = 'train' AND NOT audit ORDER BY image_id"
+    )["image_id"].to_pylist()
+    known = set(labels.rows["image_id"].to_pylist())
+    expected = [image_id for image_id in expected if image_id not in known]
+    assert len(expected) > 15
+
+    def found(most: int) -> list[str]:
+        rows = unlabelled_images(workspace.query_engine(), labels, most)
+        return [str(image_id) for image_id in rows["image_id"].to_pylist()]
+
+    assert found(1000) == expected
+    assert found(len(known) + 7) == expected[:7]
+    assert found(len(known)) == found(0) == []
+    # One that cannot be read is not missed.
+    made = train(workspace, limit_labels=4)
+    assert made.metrics["fit"]["num_unlabelled"] == len(expected) - 1
+    assert not any("could not be used" in warning for warning in made.warnings)
+    # More of them change nothing about what the labels made.
+    (without / "train" / "late.png").write_bytes(picture((120, 120, 40), 900))
+    workspace.ingest([str(without)], pattern="{split}/*")
+    assert train(workspace, limit_labels=4).status == "nothing to do"
+    # But without the storage nothing is made.
+    for path in (without / "train").iterdir():
+        path.unlink()
+    with pytest.raises(StoppedError, match="could not be used, more than max_failure_share"):
+        train(workspace, limit_labels=5)
 
 
 def test_near_duplicates_of_images_that_measure_are_left_out_of_training(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from winnow.models.fine_tuning import (
     unpack_checkpoint,
     with_head,
 )
-from winnow.models.networks import Network, PyramidHead, maps_of
+from winnow.models.networks import Network, PyramidHead, RmsLinear, maps_of
 
 SIZE = (32, 32)
 VIEW = View(resize=SIZE)
@@ -99,6 +99,11 @@ def test_a_head_that_knows_the_classes_stays_and_one_that_knows_some_keeps_them(
     assert torch.equal(grown.bias[0], network.head.bias[2])
     assert grown.bias.tolist()[1] == 0.0
     assert not torch.equal(grown.weight[1], network.head.weight[1])
+    scaled = Network(backbone(), RmsLinear(6, 3))
+    kept = with_head(scaled, ("a", "b", "c"), ("b", "d"), VIEW, "class").head
+    assert isinstance(kept, RmsLinear)
+    assert isinstance(scaled.head, RmsLinear)
+    assert torch.equal(kept.linear.weight[0], scaled.head.linear.weight[1])
 
 
 def test_a_decoder_that_grows_keeps_all_but_the_rows_of_new_classes() -> None:

@@ -2,19 +2,24 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from winnow.calibration import expected_calibration_error, fit_temperature
 from winnow.errors import JobError
 from winnow.metrics import log_loss
 from winnow.models.linear_head import (
+    EMPHASIS,
     SHARES,
     SHRINKAGES,
     STRENGTHS,
     USUAL_STRENGTH,
     LinearHead,
     _analyses,
+    emphasis,
     fit_linear_head,
+    root_mean_square_1,
 )
+from winnow.models.networks import RmsLinear
 from winnow.uncertainty import softmax
 
 C, D = 3, 8
@@ -200,3 +205,84 @@ def test_features_that_are_not_finite_are_refused() -> None:
     features[4, 2] = np.nan
     with pytest.raises(JobError, match="NaN or infinity"):
         fit_linear_head(features, labels, C)
+
+
+# -------------------------------------------------------------------------------------------- what needs no labels
+
+
+def test_emphasis_is_a_power_of_the_covariance_and_zero_changes_nothing() -> None:
+    features, _ = clouds(200)
+    np.testing.assert_allclose(emphasis(features, 0.0), np.eye(D), atol=1e-12)
+    found = emphasis(features)
+    np.testing.assert_allclose(found, found.T, atol=1e-12)
+    covariance = np.cov(features.astype(np.float64).T, bias=True)
+    largest = np.linalg.eigvalsh(covariance)[-1]
+    np.testing.assert_allclose(
+        np.linalg.matrix_power(found, round(2 / EMPHASIS)), covariance / largest, atol=1e-9, err_msg="S / s"
+    )
+    # Added up in parts as at once.
+    many, _ = clouds(20_000)
+    scatter = np.cov(many.astype(np.float64).T, bias=True)
+    np.testing.assert_allclose(emphasis(many, 2.0), scatter / np.linalg.eigvalsh(scatter)[-1], atol=1e-9)
+    # Images that are all the same have no directions.
+    np.testing.assert_array_equal(emphasis(np.full((5, D), 3.0, np.float32)), np.eye(D))
+
+
+def test_an_emphasised_head_answers_plain_features_as_it_was_fitted_on_emphasised_ones() -> None:
+    features, labels = clouds(60, spread=3.0)
+    chooser = clouds(60, seed=1, spread=3.0)
+    directions = emphasis(np.concatenate([features, chooser[0]]))
+    head = fit_linear_head(features, labels, C, chooser=chooser, emphasis_DD=directions)
+    turned = fit_linear_head(
+        (features @ directions).astype(np.float32),
+        labels,
+        C,
+        chooser=((chooser[0] @ directions).astype(np.float32), chooser[1]),
+    )
+    assert (head.strength, head.share, head.temperature) == (turned.strength, turned.share, turned.temperature)
+    unseen, _ = clouds(90, seed=2, spread=3.0)
+    expected = turned.logits((unseen @ directions).astype(np.float32))
+    np.testing.assert_allclose(head.logits(unseen), expected, atol=0.02)
+
+
+def test_images_without_labels_make_few_labels_worth_more() -> None:
+    """Classes differ where all images vary; of five images per class alone that is hard to see among many features."""
+    fixed = np.random.default_rng(3)
+    depth, inner = 200, 6
+    directions = np.linalg.qr(fixed.normal(size=(depth, inner)))[0]
+    centres = fixed.normal(size=(C, inner)) * 1.6
+
+    def images(num: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        random = np.random.default_rng(seed)
+        labels = np.arange(num) % C
+        inside = centres[labels] + random.normal(size=(num, inner))
+        return (inside @ directions.T + 0.7 * random.normal(size=(num, depth))).astype(np.float32), labels
+
+    unlabelled, _ = images(1_000, seed=50)
+    unseen, truth = images(3_000, seed=51)
+    gains = []
+    for seed in range(5):
+        features, labels = images(15, seed=seed)
+        chooser = images(60, seed=seed + 10)
+        seen = np.concatenate([features, chooser[0], unlabelled])
+        plain, helped = (
+            fit_linear_head(features, labels, C, chooser=chooser, emphasis_DD=directions_DD)
+            for directions_DD in (None, emphasis(seen))
+        )
+        right = [(head.logits(unseen).argmax(axis=1) == truth).mean() for head in (plain, helped)]
+        gains.append(right[1] - right[0])
+    assert min(gains) > 0
+    assert np.mean(gains) > 0.03
+
+
+def test_features_are_scaled_as_the_network_scales_them() -> None:
+    features = np.random.default_rng(0).normal(5, 3, size=(20, D)).astype(np.float32)
+    features[3] = 0.0  # no feature was excited: no direction, and no harm
+    scaled = root_mean_square_1(features)
+    assert scaled.dtype == np.float32
+    np.testing.assert_allclose(np.square(scaled).mean(axis=1)[4:], 1.0, atol=1e-5)
+    module = RmsLinear(D, C)
+    with torch.inference_mode():
+        np.testing.assert_allclose(module.scale(torch.from_numpy(features)).numpy(), scaled, atol=1e-6)
+        brighter = module(torch.from_numpy(features[4:] * 7)).numpy()
+        np.testing.assert_allclose(brighter, module(torch.from_numpy(features[4:])).numpy(), atol=1e-5)

@@ -25,7 +25,7 @@ from winnow.images import decode
 from winnow.models.assembly import assemble
 from winnow.models.checkpoints import read_state_dict
 from winnow.models.loading import load, load_all, load_network
-from winnow.models.networks import Network, PyramidHead, maps_of, pyramid_channels, state_of
+from winnow.models.networks import Network, PyramidHead, RmsLinear, maps_of, pyramid_channels, state_of
 from winnow.models.references import ResolvedModel, resolve, resolve_backbone
 
 TOLERANCE = 1e-4
@@ -157,6 +157,29 @@ def test_tasks_with_one_backbone_run_it_once_and_answer_as_alone(torch_home: Pat
     assert counted.num_images == len(images)
     for name, model in models.items():
         np.testing.assert_allclose(answers[name], load(model).predict(images)[model.id], atol=1e-6)
+
+
+def test_a_head_on_scaled_features_is_told_by_its_keys(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    backbone = timm.create_model("test_resnet", num_classes=0)
+    own = Network(backbone, RmsLinear(backbone.num_features, 3)).eval()
+    path = tmp_path / "scaled.safetensors"
+    safetensors.torch.save_file(state_of(own), path)
+    model = resolve(
+        TaskConfig(model=path.name, architecture="timm/test_resnet", classes=("a", "b", "c")), base_dir=tmp_path
+    )
+    assert model.head == "rms_linear"
+    images, _, normalised = pixels(model)
+    with torch.inference_mode():
+        expected = torch.softmax(own.head(own.backbone(normalised)), dim=1).numpy()
+    np.testing.assert_allclose(load(model).predict(images)[model.id], expected, atol=1e-5)
+    # The other kind of head does not fit.
+    wrong = {key: tensor for key, tensor in state_of(own).items() if key != "head.linear.bias"}
+    safetensors.torch.save_file(wrong, path)
+    with pytest.raises(CallError, match=r"the head in scaled\.safetensors does not fit"):
+        resolve(
+            TaskConfig(model=path.name, architecture="timm/test_resnet", classes=("a", "b", "c")), base_dir=tmp_path
+        )
 
 
 def test_tasks_with_other_weights_or_pixels_share_nothing(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from winnow.models.checkpoints import check_state_dict, is_two_parts
 from winnow.models.networks import (
     Network,
     PyramidHead,
+    RmsLinear,
     classifier_name,
     maps_of,
     pyramid_channels,
@@ -79,8 +80,10 @@ def _two_parts(model: ResolvedModel, state: Mapping[str, Tensor], size: tuple[in
     else:
         backbone = without_classifier(network, num_known, size, model.architecture)
         if model.output == "logits":
-            depth = state["head.weight"].shape[-1] if "head.weight" in state else 0
-            head = nn.Linear(depth, len(model.classes))
+            normed = model.head == "rms_linear"
+            weight = state.get("head.linear.weight" if normed else "head.weight")
+            depth = weight.shape[-1] if weight is not None else 0
+            head = (RmsLinear if normed else nn.Linear)(depth, len(model.classes))
     for part, module in (("backbone", backbone), ("head", head)):
         if module is not None:
             own = {key.partition(".")[2]: tensor for key, tensor in state.items() if key.startswith(f"{part}.")}

@@ -26,8 +26,8 @@ CARD_FORMAT = 1
 BASE = "base"
 """What stands behind the ``@`` for the model that winnow.toml names."""
 
-Head = Literal["linear", "pyramid", ""]
-"""What answers on top of the backbone: one linear layer, a decoder over a feature pyramid, or nothing."""
+Head = Literal["linear", "rms_linear", "pyramid", ""]
+"""What answers on top of the backbone: one linear layer, one on scaled features, a decoder over maps, or nothing."""
 
 _VERSION = re.compile(r"([a-z][a-z0-9_]{0,62})@(base|[1-9][0-9]{0,8})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -57,7 +57,7 @@ class Card:
         version: its name, ``<task>@<n>``.
         kind: what its answers look like.
         architecture: ``torchvision/NAME`` or ``timm/NAME``.
-        head: ``linear`` or ``pyramid`` on a backbone; empty for a network that is whole in itself.
+        head: ``linear``, ``rms_linear`` or ``pyramid`` on a backbone; empty for a network that is whole in itself.
         classes: names of the outputs, distinct, in order.
         view: which pixels the network sees.
         mean, std: normalisation of pixels in [0, 1], by channel R, G, B.

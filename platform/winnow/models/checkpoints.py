@@ -16,7 +16,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from winnow.errors import CallError
 
@@ -93,6 +93,11 @@ def check_state_dict(network: nn.Module, state: Mapping[str, Tensor], name: str,
 def is_two_parts(state: Mapping[str, Any]) -> bool:
     """True for the weights of a trained version: every key begins with ``backbone.`` or ``head.``, and both occur."""
     return {key.partition(".")[0] for key in state} == {"backbone", "head"}
+
+
+def linear_head_in(state: Mapping[str, Any]) -> Literal["linear", "rms_linear"]:
+    """Which linear head a trained version's weights hold, told by its keys."""
+    return "rms_linear" if "head.linear.weight" in state else "linear"
 
 
 def _read_safetensors(source: Path | bytes, name: str) -> dict[str, Tensor]:

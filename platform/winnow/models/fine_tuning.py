@@ -21,7 +21,7 @@ from winnow.augment import Policy
 from winnow.config import AugmentationConfig, TrainConfig
 from winnow.errors import JobError
 from winnow.images import View
-from winnow.models.networks import Network, PyramidHead, pyramid_channels
+from winnow.models.networks import Network, PyramidHead, RmsLinear, pyramid_channels
 
 Target = Literal["class", "classes", "mask"]
 """What is said of an image: one class, several, or one of every pixel."""
@@ -130,7 +130,11 @@ def with_head(network: Network, known: Sequence[str], classes: Sequence[str], vi
     else:
         with torch.inference_mode():
             depth = int(network.backbone.eval()(torch.zeros(1, 3, *view.size)).shape[1])
-        head = last = nn.Linear(depth, len(classes))
+        if isinstance(network.head, RmsLinear):
+            head = RmsLinear(depth, len(classes))
+            last = head.linear
+        else:
+            head = last = nn.Linear(depth, len(classes))
         nn.init.zeros_(last.bias)
         nn.init.normal_(last.weight, std=0.01)
     if network.head is not None:

@@ -1,6 +1,7 @@
 """A linear layer on frozen features: logistic regression and discriminant analysis, in shares that other images choose.
 
-The same answer whenever it is fitted. Legend: N images, D features, C classes, of which K have labels.
+Images without labels help: they tell in which directions features vary (``emphasis``). The same answer whenever it is
+fitted. Legend: N images, D features, C classes, of which K have labels.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from winnow.calibration import LEAST_IMAGES, fit_temperature
 from winnow.errors import JobError
+from winnow.models.networks import RMS_EPSILON
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +41,17 @@ SHRINKAGES = (0.99, 0.97, 0.95, 0.9, 0.8, 0.65, 0.5, 0.35, 0.2)
 SHARES = (0.25, 0.5, 0.75)
 """Shares of discriminant analysis that are tried, besides none."""
 
+EMPHASIS = 0.5
+"""How much is made of the directions in which features vary much; docs/benchmarks.md compares powers."""
+
 _ABSENT = 10.0
 """The logit of a class without labels lies this far below the mean of the others, which lies below the highest."""
 
 _SMALL = 10_000_000
 """Features, over all images, that one thread fits sooner than several that wait for each other after every product."""
+
+_AT_ONCE = 8192
+"""Images whose features are held in float64 while their covariance is added up."""
 
 _MAX_STEPS = 500
 _TOLERANCE = 1e-5
@@ -82,6 +90,35 @@ class LinearHead:
         return logits
 
 
+def root_mean_square_1(features_ND: Features) -> Features:
+    """Features scaled image by image to a mean square of 1, float32 (N, D): what ``networks.RmsLinear`` learns from."""
+    squares_N1 = np.square(features_ND, dtype=np.float32).mean(axis=1, keepdims=True, dtype=np.float32)
+    scaled: Features = features_ND / np.sqrt(squares_N1 + np.float32(RMS_EPSILON))
+    return scaled
+
+
+def emphasis(features_ND: Features, power: float = EMPHASIS) -> NDArray[np.float64]:
+    """Symmetric (D, D): features times it weigh more in the directions in which these images vary more.
+
+    It is ``(S / s)^(power / 2)`` for their covariance S and its largest eigenvalue s, so that 0 changes nothing. A
+    penalty on weights then holds back what few images could tell anyway: a kernel whose spectrum was changed by images
+    with and without labels (Chapelle, Weston & Schölkopf, "Cluster Kernels for Semi-Supervised Learning" (2002)).
+    """
+    depth = features_ND.shape[1]
+    mean_D = features_ND.mean(axis=0, dtype=np.float64)
+    scatter_DD = torch.zeros(depth, depth, dtype=torch.float64)
+    for start in range(0, len(features_ND), _AT_ONCE):
+        centred_ND = torch.from_numpy(features_ND[start : start + _AT_ONCE] - mean_D)
+        scatter_DD += centred_ND.T @ centred_ND
+    values_D, vectors_DD = torch.linalg.eigh(scatter_DD)
+    largest = float(values_D[-1])
+    if largest <= 0:  # all images are the same
+        return np.eye(depth)
+    scales_D = (values_D / largest).clamp(min=0) ** (power / 2)
+    found: NDArray[np.float64] = ((vectors_DD * scales_D) @ vectors_DD.T).numpy()
+    return found
+
+
 def fit_linear_head(
     features_ND: Features,
     labels_N: Labels,
@@ -89,6 +126,7 @@ def fit_linear_head(
     *,
     chooser: tuple[Features, Labels] | None = None,
     folds_N: Labels | None = None,
+    emphasis_DD: NDArray[np.float64] | None = None,
     on_fit: Callable[[int, int], None] = lambda done, total: None,
 ) -> LinearHead:
     """The linear layer of least log-loss on other images: logistic regression with a share of discriminant analysis.
@@ -110,6 +148,7 @@ def fit_linear_head(
         num_classes: C. A class without labels is answered practically never.
         chooser: features and labels of the images whose log-loss chooses.
         folds_N: without a chooser, number of the fold of each image: every fold is answered by a fit on the others.
+        emphasis_DD: of directions, see ``emphasis``; it is folded into the layer as well. None: of none.
         on_fit: told how many fits are done, and of how many.
 
     Raises:
@@ -121,7 +160,17 @@ def fit_linear_head(
     if features_ND.size <= _SMALL:
         torch.set_num_threads(1)
     try:
-        return _fit(features_ND, labels_N, num_classes, chooser, folds_N, on_fit)
+        if emphasis_DD is None:
+            return _fit(features_ND, labels_N, num_classes, chooser, folds_N, on_fit)
+        head = _fit(
+            (features_ND @ emphasis_DD).astype(np.float32),
+            labels_N,
+            num_classes,
+            chooser and ((chooser[0] @ emphasis_DD).astype(np.float32), chooser[1]),
+            folds_N,
+            on_fit,
+        )
+        return replace(head, weight_CD=head.weight_CD @ emphasis_DD)
     finally:
         torch.set_num_threads(num_threads)
 

@@ -21,6 +21,9 @@ SPLIT_TOLERANCE = 1e-4
 STRIDES = (4, 8, 16, 32)
 """Of the maps of a feature pyramid: pixels of the image per step."""
 
+RMS_EPSILON = 1e-6
+"""Added to the mean square of an image's features before they are divided by its root."""
+
 PYRAMID_WIDTH = 64
 """Channels in which a ``PyramidHead`` adds up the maps."""
 
@@ -104,6 +107,26 @@ def without_classifier(network: nn.Module, num_classes: int, size: tuple[int, in
 def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, last = name.rpartition(".")
     setattr(network.get_submodule(parent), last, module)
+
+
+class RmsLinear(nn.Module):
+    """A linear layer on features that are scaled, image by image, to a mean square of 1 (Zhang & Sennrich 2019).
+
+    How strongly an image excites the backbone then tells nothing about its class.
+
+    Args:
+        depth: D.
+        num_classes: C.
+    """
+
+    def __init__(self, depth: int, num_classes: int) -> None:
+        super().__init__()
+        self.scale = nn.RMSNorm(depth, eps=RMS_EPSILON, elementwise_affine=False)
+        self.linear = nn.Linear(depth, num_classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.linear(self.scale(features))
+        return logits
 
 
 # -------------------------------------------------------------------------------------------------------- segmentation

@@ -32,8 +32,8 @@ from winnow.models.architectures import (
     is_segmenter,
     segmentation_view,
 )
-from winnow.models.cards import Card
-from winnow.models.checkpoints import SUFFIXES, is_two_parts, read_state_dict, sha256_of
+from winnow.models.cards import Card, Head
+from winnow.models.checkpoints import SUFFIXES, is_two_parts, linear_head_in, read_state_dict, sha256_of
 from winnow.models.downloads import hub_file
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,8 @@ class ResolvedModel:
         view: which pixels the network sees.
         mean, std: normalisation of pixels in [0, 1], by channel R, G, B.
         output: ``logits`` of an image, its ``features``, ``masks``; or ``maps``, which only training starts from.
-        head: of a file of two parts, backbone and head: ``linear`` or ``pyramid``; empty for a whole network.
+        head: of a file of two parts, backbone and head: ``linear``, ``rms_linear`` or ``pyramid``; empty for a whole
+            network.
         temperature: by which logits are divided before softmax (Guo et al. 2017).
         multi_label: an image may have several classes: each logit is about one of them.
     """
@@ -87,7 +88,7 @@ class ResolvedModel:
     mean: Triple
     std: Triple
     output: Output = "logits"
-    head: str = ""
+    head: Head = ""
     temperature: float = 1.0
     multi_label: bool = False
 
@@ -295,10 +296,10 @@ def _resolve_checkpoint(task: TaskConfig, base_dir: Path, fetch: Fetch | None) -
     check_buildable(preset.architecture)
     source = read_checkpoint(location, fetch)
     state = read_state_dict(source, name)
-    head = ""
+    head: Head = ""
     view = preset.view
     if is_two_parts(state):
-        head = "pyramid" if task.kind == "segmentation" else "linear"
+        head = "pyramid" if task.kind == "segmentation" else linear_head_in(state)
         if task.kind == "segmentation":
             view = segmentation_view(preset.mean, task.size or PYRAMID_SIZE)
     sha256 = sha256_of(source)
