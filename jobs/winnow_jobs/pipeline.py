@@ -20,7 +20,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, Datasink
 from ray.exceptions import RayError
 
-from winnow.batches import Ranges, add_up, num_positions, split_ranges
+from winnow.batches import Ranges, add_up, deal_out, num_positions
 from winnow.errors import JobError, StoppedError
 from winnow_connectors.ledger import Plan
 from winnow_connectors.object_store import ObjectStores
@@ -161,14 +161,14 @@ def execute(
 ) -> Tally:
     """Ask the missing positions of a plan once: fetch, decode, infer and write them. See ``work_through``."""
 
-    def stages(chunks: ray.data.Dataset, num_chunks: int, board: Any) -> ray.data.Dataset:
-        return chunks.map_batches(
+    def stages(pieces: ray.data.Dataset, num_pieces: int, board: Any) -> ray.data.Dataset:
+        return pieces.map_batches(
             _FetchDecodeActor,
             fn_constructor_args=(spec, warehouse, plan, board, resources.num_decoders),
             batch_size=1,
             batch_format="pyarrow",
-            # Two chunks at a time per actor: while the last images of one are awaited, the next one is under way.
-            compute=ActorPoolStrategy(size=min(resources.num_decode, num_chunks), max_concurrent_calls_per_actor=2),
+            # Two pieces at a time per actor: while the last images of one are awaited, the next one is under way.
+            compute=ActorPoolStrategy(size=min(resources.num_decode, num_pieces), max_concurrent_calls_per_actor=2),
             num_cpus=resources.decode_cpus,
         ).map_batches(
             _InferActor,
@@ -176,7 +176,7 @@ def execute(
             batch_size=spec.batch_size,
             batch_format="pyarrow",
             zero_copy_batch=True,
-            compute=ActorPoolStrategy(size=min(resources.num_infer, num_chunks)),
+            compute=ActorPoolStrategy(size=min(resources.num_infer, num_pieces)),
             num_cpus=resources.infer_cpus,
             num_gpus=resources.infer_gpus,
         )
@@ -190,6 +190,7 @@ def execute(
         plan,
         missing,
         generation=generation,
+        num_workers=resources.num_decode,
         write_cpus=resources.write_cpus,
         on_progress=on_progress,
     )
@@ -207,13 +208,13 @@ def execute_copies(
 ) -> Tally:
     """Make copies of the missing positions of a plan once, in one stage, and write them. See ``work_through``."""
 
-    def stages(chunks: ray.data.Dataset, num_chunks: int, board: Any) -> ray.data.Dataset:
-        return chunks.map_batches(
+    def stages(pieces: ray.data.Dataset, num_pieces: int, board: Any) -> ray.data.Dataset:
+        return pieces.map_batches(
             _MakeCopiesActor,
             fn_constructor_args=(spec, warehouse, plan, board, resources.num_decoders),
             batch_size=1,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=min(resources.num_decode, num_chunks), max_concurrent_calls_per_actor=2),
+            compute=ActorPoolStrategy(size=min(resources.num_decode, num_pieces), max_concurrent_calls_per_actor=2),
             num_cpus=resources.decode_cpus,
         )
 
@@ -226,6 +227,7 @@ def execute_copies(
         plan,
         missing,
         generation=generation,
+        num_workers=resources.num_decode,
         write_cpus=resources.write_cpus,
         on_progress=on_progress,
     )
@@ -240,19 +242,21 @@ def work_through(
     missing: Ranges,
     *,
     generation: int,
+    num_workers: int,
     write_cpus: float,
     on_progress: Callable[[Tally], None],
 ) -> Tally:
     """Send the missing positions of a plan through the stages of a job, once, and write what comes out.
 
     Args:
-        stages: from chunks of the plan (their dataset, their number, and the board to report to) to outcomes.
+        stages: from pieces of the plan (their dataset, their number, and the board to report to) to outcomes.
         writer: of the outcomes.
         spec: what the run does.
         warehouse: where to.
         plan: of the run.
         missing: what to ask.
         generation: number of stops of the run so far.
+        num_workers: that take pieces.
         write_cpus: per writing task.
         on_progress: told the tally twice a second.
 
@@ -270,8 +274,9 @@ def work_through(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     board = ray.remote(num_cpus=0, max_restarts=-1)(Board).remote(spec.max_failure_share)
-    chunks = [_chunk_row(ranges, spec.chunk_rows) for ranges in split_ranges(missing, chunk=spec.chunk_rows)]
-    dataset = stages(ray.data.from_items(chunks, override_num_blocks=len(chunks)), len(chunks), board)
+    dealt = deal_out(missing, chunk=spec.chunk_rows, num_workers=num_workers)
+    pieces = [_piece_row(ranges, spec.chunk_rows) for ranges in dealt]
+    dataset = stages(ray.data.from_items(pieces, override_num_blocks=len(pieces)), len(pieces), board)
     sink = _BatchSink(writer, spec, warehouse, plan, board, attempt=secrets.token_hex(8), generation=generation)
     metrics = RunMetrics(plan.job, num_positions(missing))
 
@@ -295,7 +300,7 @@ def work_through(
         metrics.close()
 
 
-def _chunk_row(ranges: Ranges, chunk_rows: int) -> dict[str, Any]:
+def _piece_row(ranges: Ranges, chunk_rows: int) -> dict[str, Any]:
     return {
         "chunk": ranges[0][0] // chunk_rows,
         "starts": [start for start, _ in ranges],

@@ -11,6 +11,7 @@ no longer count: every marker carries the number of stops that preceded it, its 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
@@ -20,6 +21,12 @@ from numpy.typing import NDArray
 
 Ranges = tuple[tuple[int, int], ...]
 """Sorted, disjoint, half-open position ranges ``(start, stop)``."""
+
+_PIECES_AHEAD = 8
+"""Into so many pieces per worker is divided what is left; Ray hands up to four of them to a worker in advance."""
+
+_LEAST_PIECE = 16
+"""Images that are worth a call."""
 
 
 def to_ranges(positions: Iterable[int] | NDArray[np.int64]) -> Ranges:
@@ -166,6 +173,41 @@ def split_ranges(ranges: Ranges, *, chunk: int) -> list[Ranges]:
             chunks.setdefault(start // chunk, []).append((start, end))
             start = end
     return [tuple(chunks[index]) for index in sorted(chunks)]
+
+
+def deal_out(ranges: Ranges, *, chunk: int, num_workers: int) -> list[Ranges]:
+    """Pieces of work that become smaller towards the end, so that workers of any speed end at nearly the same time.
+
+    Each piece is a share of what is left for all workers: guided self-scheduling (Polychronopoulos & Kuck 1987), with
+    pieces small enough that a worker may hold some in advance. None crosses a multiple of ``chunk``.
+
+    Args:
+        ranges: positions to deal out.
+        chunk: positions per plan file, and the most per piece.
+        num_workers: that take pieces, in order, whenever they have time.
+    """
+    left = num_positions(ranges)
+    pieces: list[Ranges] = []
+    for part in split_ranges(ranges, chunk=chunk):
+        while part:
+            share = math.ceil(left / (_PIECES_AHEAD * num_workers) / _LEAST_PIECE) * _LEAST_PIECE
+            size = num_positions(part)
+            if size - share < _LEAST_PIECE:
+                share = size
+            piece, part = _cut(part, share)
+            pieces.append(piece)
+            left -= share
+    return pieces
+
+
+def _cut(ranges: Ranges, num: int) -> tuple[Ranges, Ranges]:
+    """The first ``num`` positions, and the others."""
+    for index, (start, stop) in enumerate(ranges):
+        if num < stop - start:
+            first = ((start, start + num),) if num else ()
+            return ranges[:index] + first, ((start + num, stop), *ranges[index + 1 :])
+        num -= stop - start
+    return ranges, ()
 
 
 def add_up(mappings: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from winnow.batches import Fragment, Marker, add_up, num_positions, select, split_ranges, to_ranges
+from winnow.batches import Fragment, Marker, add_up, deal_out, num_positions, select, split_ranges, to_ranges
 
 NUM_PLANNED = 40
 
@@ -116,6 +116,42 @@ def test_split_ranges_touch_one_chunk_each_and_lose_nothing(positions: set[int],
     parts = split_ranges(to_ranges(positions), chunk=chunk)
     assert {position for part in parts for position in positions_of(part)} == positions
     assert all(len({position // chunk for position in positions_of(part)}) == 1 for part in parts)
+
+
+@given(st.sets(st.integers(0, 600)), st.integers(1, 90), st.integers(1, 9))
+def test_pieces_touch_one_chunk_each_and_lose_nothing(positions: set[int], chunk: int, num_workers: int) -> None:
+    pieces = deal_out(to_ranges(positions), chunk=chunk, num_workers=num_workers)
+    dealt = [position for piece in pieces for position in positions_of(piece)]
+    assert sorted(dealt) == sorted(positions)
+    assert all(piece for piece in pieces)
+    assert all(len({position // chunk for position in positions_of(piece)}) == 1 for piece in pieces)
+
+
+def test_pieces_become_smaller_towards_the_end_but_not_tiny() -> None:
+    sizes = [num_positions(piece) for piece in deal_out(((0, 100_000),), chunk=2048, num_workers=4)]
+    assert sizes[0] == 2048
+    assert sizes[-4:] == [16] * 4
+    assert min(sizes) == 16
+    assert len(sizes) < 250
+    assert [num_positions(piece) for piece in deal_out(((0, 31),), chunk=256, num_workers=4)] == [31]
+
+
+@pytest.mark.parametrize("num_workers", [2, 4, 16])
+def test_workers_of_any_speed_that_hold_pieces_in_advance_end_together(num_workers: int) -> None:
+    speeds = np.random.default_rng(num_workers).uniform(0.7, 1.3, num_workers)
+    num = 2_560 * num_workers
+    pieces = [num_positions(piece) for piece in deal_out(((0, num),), chunk=256, num_workers=num_workers)]
+    ends = np.zeros(num_workers)
+    held: list[list[float]] = [[] for _ in range(num_workers)]  # when each piece handed to a worker will be done
+    now = 0.0
+    for size in pieces:
+        if all(len(each) == 4 for each in held):
+            now = min(each[0] for each in held)
+            held = [[end for end in each if end > now] for each in held]
+        worker = min(range(num_workers), key=lambda index: len(held[index]))
+        ends[worker] = max(now, ends[worker]) + size / speeds[worker]
+        held[worker].append(ends[worker])
+    assert ends.max() < 1.06 * num / speeds.sum()
 
 
 def test_add_up_sums_key_by_key() -> None:
