@@ -78,29 +78,36 @@ def s3_env(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
 
 
 @pytest.fixture(scope="session")
-def label_studio_server(
-    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[LocalLabelStudio]:
-    """A real Label Studio on 127.0.0.1, started once.
+def label_studio_cache(pytestconfig: pytest.Config) -> Path:
+    """Folder with Label Studio's ``environment`` and a ``blank`` home, whose database is made.
 
-    The first time it is installed into pytest's cache (about 1 GB) and its database made; later sessions take a copy.
+    The first time it is installed into pytest's cache (about 1 GB).
     """
     from winnow_jobs.local_label_studio import RELEASE, LocalLabelStudio
 
     assert pytestconfig.cache is not None
     cache = pytestconfig.cache.mkdir(f"label-studio-{RELEASE}")
-    environment, blank = cache / "environment", cache / "blank"
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another session of this checkout may be at it
         if not (cache / "made").exists():
-            first = LocalLabelStudio(blank, environment=environment)
+            first = LocalLabelStudio(cache / "blank", environment=cache / "environment")
             first.start()
             first.stop()
             (cache / "made").touch()
-        home = tmp_path_factory.mktemp("label-studio") / "home"
-        shutil.copytree(blank, home)
+    return cache
+
+
+@pytest.fixture(scope="session")
+def label_studio_server(
+    label_studio_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LocalLabelStudio]:
+    """A real Label Studio on 127.0.0.1, started once, from a copy of the blank home."""
+    from winnow_jobs.local_label_studio import LocalLabelStudio
+
+    home = tmp_path_factory.mktemp("label-studio") / "home"
+    shutil.copytree(label_studio_cache / "blank", home)
     (home / "label-studio.json").unlink()  # a port of its own
-    server = LocalLabelStudio(home, environment=environment)
+    server = LocalLabelStudio(home, environment=label_studio_cache / "environment")
     server.start()
     try:
         yield server

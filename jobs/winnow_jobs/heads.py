@@ -270,7 +270,7 @@ def learn_labels(job: HeadJob) -> Learned:
         "l2_strength": fitted.strength,
         "lda_share": fitted.share,
         "lda_shrinkage": fitted.shrinkage,
-        "emphasis": EMPHASIS,
+        "emphasis": EMPHASIS if fitted.emphasised else 0.0,
         "num_unlabelled": sum(len(found) for found in unlabelled),
         "chosen_by": chosen_by,
         "log_loss": fitted.log_loss,

@@ -73,6 +73,7 @@ class LinearHead:
         share: of discriminant analysis in the layer, in [0, 1).
         shrinkage: of its covariance; None where it has no share.
         log_loss: as above, of the layer itself; None where nothing chose.
+        emphasised: directions in which images vary were emphasised.
     """
 
     weight_CD: NDArray[np.float64]
@@ -83,6 +84,7 @@ class LinearHead:
     share: float = 0.0
     shrinkage: float | None = None
     log_loss: float | None = None
+    emphasised: bool = False
 
     def logits(self, features_ND: Features) -> NDArray[np.float32]:
         """Float32 (N, C), computed as a network in float32 does, up to rounding."""
@@ -140,7 +142,8 @@ def fit_linear_head(
     Linear discriminant analysis assumes more, which is of help while labels are few (Ng & Jordan, "On Discriminative
     vs. Generative Classifiers" (2001)). Both err differently, so their calibrated logits are averaged, which is again a
     linear layer: the logarithmic opinion pool (Heskes, "Selecting Weighting Factors in Logarithmic Opinion Pools"
-    (1997)). Strength, then shrinkage and share, are those of least log-loss, each with its best temperature.
+    (1997)). Strength, then shrinkage and share, are those of least log-loss, each with its best temperature; so is,
+    last, whether directions are emphasised.
 
     Args:
         features_ND: of the images to learn from.
@@ -148,7 +151,8 @@ def fit_linear_head(
         num_classes: C. A class without labels is answered practically never.
         chooser: features and labels of the images whose log-loss chooses.
         folds_N: without a chooser, number of the fold of each image: every fold is answered by a fit on the others.
-        emphasis_DD: of directions, see ``emphasis``; it is folded into the layer as well. None: of none.
+        emphasis_DD: of directions, see ``emphasis``; it is folded into the layer as well, unless the images that choose
+            are better answered without it. None: of none.
         on_fit: told how many fits are done, and of how many.
 
     Raises:
@@ -162,15 +166,22 @@ def fit_linear_head(
     try:
         if emphasis_DD is None:
             return _fit(features_ND, labels_N, num_classes, chooser, folds_N, on_fit)
-        head = _fit(
+        turned = _fit(
             (features_ND @ emphasis_DD).astype(np.float32),
             labels_N,
             num_classes,
             chooser and ((chooser[0] @ emphasis_DD).astype(np.float32), chooser[1]),
             folds_N,
-            on_fit,
+            lambda done, total: on_fit(done, 2 * total),
         )
-        return replace(head, weight_CD=head.weight_CD @ emphasis_DD)
+        turned = replace(turned, weight_CD=turned.weight_CD @ emphasis_DD, emphasised=True)
+        if turned.log_loss is None:
+            return turned
+        plain = _fit(
+            features_ND, labels_N, num_classes, chooser, folds_N, lambda done, total: on_fit(total + done, 2 * total)
+        )
+        assert plain.log_loss is not None
+        return plain if plain.log_loss < turned.log_loss else turned
     finally:
         torch.set_num_threads(num_threads)
 
