@@ -1,19 +1,23 @@
-"""The processes of ``infra/compose.yaml``, started by hand with its commands and settings, and two jobs on them.
+"""The processes of ``infra/compose.yaml``, started by hand with its commands and settings, and jobs on them.
 
-No container engine runs here: addresses, ports, paths and sizes are replaced by those of this machine; Label Studio and
-PostgreSQL are left out. Ray's token authentication is on, as there.
+No container engine runs here: addresses, ports, paths and sizes are replaced by those of this machine, and PostgreSQL
+is the one that this machine has. Ray's token authentication is on, as there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
 import secrets
+import shutil
 import subprocess
 import sys
+import tempfile
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +26,12 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from PIL import Image
 
 import workspaces as ws
+from winnow_connectors.label_studio import LabelStudio
+from winnow_connectors.label_tasks import class_result
+from winnow_connectors.objects import Patience
 from winnow_jobs import Workspace
 from winnow_jobs.ports import find_free_port
 
@@ -42,12 +50,18 @@ class Composed:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         example = re.findall(r"^(\w+)=(.*)$", (INFRA / "example.env").read_text(), re.MULTILINE)
-        self.secrets = {name: value or secrets.token_hex(32) for name, value in example}
+        self.secrets = {
+            # Label Studio takes tokens of 40 digits, as the file says.
+            name: value or secrets.token_hex(20 if name == "LABEL_STUDIO_API_KEY" else 32)
+            for name, value in example
+        }
         text = re.sub(
             r"\$\{(\w+):\?[^}]*\}", lambda match: self.secrets[match[1]], (INFRA / "compose.yaml").read_text()
         )
         self.services: dict[str, dict[str, Any]] = yaml.safe_load(text)["services"]
         self.commands: dict[str, list[str]] = {}
+        self.further: dict[str, dict[str, str]] = {}
+        self.users: dict[str, str | None] = {}
         self.processes: dict[str, psutil.Popen] = {}
         self.family: set[psutil.Process] = set()
         self.ports: dict[str, int] = {}
@@ -64,6 +78,7 @@ class Composed:
 
     def here(self, text: str, service: str) -> str:
         """Text of a service with this machine's addresses and ports."""
+        text = text.replace("http://label-studio:8080", f"http://127.0.0.1:{self.port('label-studio 8080')}")
         text = text.replace("ray-head:6379", f"127.0.0.1:{self.port('ray-head 6379')}")
         text = text.replace("http://s3:8333", f"http://127.0.0.1:{self.port('s3 8333')}")
         return re.sub(r"127\.0\.0\.1:(\d+)", lambda match: f"127.0.0.1:{self._known(service, match[1])}", text)
@@ -79,8 +94,13 @@ class Composed:
             index = next((i for i, word in enumerate(words) if word.split("=")[0] == option), None)
             assert index is not None, f"{service} has no {option}"
             words[index] = f"{option}={value}"
-        words = [*(self.here(word, service) for word in words), *further]
-        self.commands[service] = [str(program), *words]
+        self.run(service, [str(program), *(self.here(word, service) for word in words), *further])
+
+    def run(self, service: str, command: list[str], environment: dict[str, str] | None = None, user: str = "") -> None:
+        """Start a service by a command of this machine, with the environment of the compose file and more."""
+        self.commands[service] = command
+        self.further[service] = environment or {}
+        self.users[service] = user or None
         self._run(service)
 
     def _run(self, service: str) -> None:
@@ -88,7 +108,8 @@ class Composed:
             self.processes[service] = psutil.Popen(
                 self.commands[service],
                 cwd=self.folder,
-                env=self.environment(service),
+                env=self.environment(service) | self.further[service],
+                user=self.users[service],
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -99,15 +120,22 @@ class Composed:
         On a busy machine a node of Ray gives up when its agent takes more than half a minute to start.
         """
         assert self.services[service]["restart"] == "unless-stopped"
-        _, python, *arguments = self.services[service]["healthcheck"]["test"]
-        assert python == "python"
-        command = [sys.executable, *(self.here(argument, service) for argument in arguments)]
+        _, program, *arguments = self.services[service]["healthcheck"]["test"]
+        program = {"python": sys.executable, "python3": sys.executable}.get(program, program)
+        command = [program, *(self.here(argument, service) for argument in arguments)]
 
         def is_healthy() -> bool:
             self._note_family()
             for each in [each for each, process in self.processes.items() if process.poll() is not None]:
                 self._run(each)
-            return subprocess.run(command, capture_output=True, timeout=30, check=False).returncode == 0
+            done = subprocess.run(
+                command,
+                env=self.environment(service) | self.further[service],
+                capture_output=True,
+                timeout=30,
+                check=False,
+            )
+            return done.returncode == 0
 
         ws.wait_until(is_healthy, timeout_s=150, what=f"{service}; see {self.folder / f'{service}.log'}")
 
@@ -243,3 +271,113 @@ def test_without_the_token_nobody_gets_in(composed: Composed, workspace: Workspa
 def test_without_the_keys_the_storage_gives_nothing(composed: Composed) -> None:
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(f"http://127.0.0.1:{composed.port('s3 8333')}/images/000001.jpg", timeout=10)
+
+
+# ------------------------------------------------------------------------------------------------------ Label Studio
+
+
+def postgresql() -> Path:
+    """Folder of PostgreSQL's programs; skips where it is not installed."""
+    found = [path.parent for path in Path("/usr/lib/postgresql").glob("*/bin/initdb")]
+    if on_path := shutil.which("initdb"):
+        found.append(Path(on_path).resolve().parent)
+    if not found:
+        pytest.skip("needs the server of PostgreSQL (Debian's package postgresql)")
+    return max(found)
+
+
+@pytest.fixture(scope="module")
+def label_studio(composed: Composed, label_studio_cache: Path) -> Iterator[LabelStudio]:
+    """Label Studio on PostgreSQL, as composed, healthy by their own checks."""
+    programs = postgresql()
+    given = composed.environment("postgres")
+    owner = "postgres" if os.getuid() == 0 else ""  # it refuses to be root
+    port = str(composed.port("postgres 5432"))
+    with tempfile.TemporaryDirectory(prefix="winnow-pg-") as name:
+        folder = Path(name)
+        (folder / "password").write_text(given["POSTGRES_PASSWORD"])
+        if owner:
+            for path in (folder, folder / "password"):
+                shutil.chown(path, owner)
+        initdb = [programs / "initdb", "--pgdata", folder / "data", "--username", given["POSTGRES_USER"]]
+        initdb += ["--pwfile", folder / "password", "--auth", "scram-sha-256", "--encoding", "UTF8"]
+        subprocess.run(initdb, user=owner or None, cwd=folder, capture_output=True, check=True, timeout=120)
+        where = {"PGHOST": "127.0.0.1", "PGPORT": port}
+        command = [str(programs / "postgres"), "-D", str(folder / "data"), "-h", "127.0.0.1", "-p", port]
+        composed.run("postgres", [*command, "-k", str(folder)], where, owner)
+        # The image makes the database before its health check can pass.
+        createdb = [programs / "createdb", f"--username={given['POSTGRES_USER']}", given["POSTGRES_DB"]]
+        password = {"PGPASSWORD": given["POSTGRES_PASSWORD"]}
+
+        def makes_database() -> bool:
+            return subprocess.run(createdb, env={**where, **password}, capture_output=True, check=False).returncode == 0
+
+        ws.wait_until(makes_database, timeout_s=60, what="PostgreSQL")
+        composed.wait_until_healthy("postgres")
+        data = composed.folder / "label-studio-data"
+        label_studio_port = composed.port("label-studio 8080")
+        composed.run(
+            "label-studio",
+            [
+                str(label_studio_cache / "environment" / "bin" / "label-studio"),
+                *("start", "--no-browser", "--internal-host", "127.0.0.1", "--port", str(label_studio_port)),
+            ],
+            {
+                "POSTGRE_HOST": "127.0.0.1",
+                "POSTGRE_PORT": port,
+                "LABEL_STUDIO_BASE_DATA_DIR": str(data),
+                "HOME": str(composed.folder),
+            },
+        )
+        composed.wait_until_healthy("label-studio")
+        yield LabelStudio(
+            f"http://127.0.0.1:{label_studio_port}",
+            composed.secrets["LABEL_STUDIO_API_KEY"],
+            patience=Patience(60.0, 60.0),
+        )
+
+
+@pytest.mark.label_studio
+def test_people_are_asked_by_the_composed_label_studio_on_postgresql(
+    composed: Composed, workspace: Workspace, label_studio: LabelStudio
+) -> None:
+    for command in (
+        ["init"],
+        ["ingest", "s3://images/"],
+        ["predict"],
+        ["select", "--budget", "4", "--audit-share", "0"],
+        ["review", "push"],
+        ["review", "push"],
+    ):
+        done = winnow(composed, *command)
+        assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, composed.secrets[name])
+        pushed = workspace.query("SELECT image_id, project, task_id FROM pushes").to_pylist()
+        assert len({row["image_id"] for row in pushed}) == len(pushed) == 4
+        tasks = {task.task_id for task in label_studio.tasks(pushed[0]["project"])}
+        assert tasks == {row["task_id"] for row in pushed}
+
+        # A browser that is logged in gets the image by way of Label Studio, which fetches it from the S3 server.
+        headers = {"Authorization": f"Token {composed.secrets['LABEL_STUDIO_API_KEY']}"}
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{label_studio.url}/api/tasks/{pushed[0]['task_id']}", headers=headers), timeout=60
+        ) as answer:
+            shown = json.loads(answer.read())["data"]["image"]
+        with (
+            urllib.request.urlopen(
+                urllib.request.Request(urllib.parse.urljoin(label_studio.url, shown), headers=headers), timeout=60
+            ) as answer,
+            Image.open(io.BytesIO(answer.read())) as image,
+        ):
+            assert image.size == (40, 32)
+
+        label_studio.annotate(pushed[0]["task_id"], class_result("cat"))
+        done = winnow(composed, "review", "pull")
+        assert done.returncode == 0, done.stderr
+        assert workspace.query("SELECT image_id, label FROM current_labels").to_pylist() == [
+            {"image_id": pushed[0]["image_id"], "label": "cat"}
+        ]
+    # All of that lies in PostgreSQL.
+    assert not list(composed.folder.rglob("*.sqlite3"))
