@@ -65,8 +65,8 @@ check: $(READY) ## format, lint, strict types, import floors
 .PHONY: test
 test: check ## check, then the whole suite, without the long ones below
 	@echo "test: whole suite (it starts Ray, S3 and Label Studio servers)"
-	@# Of a file all tests run in one process: they share its Ray and its servers.
-	@$(PY) -m pytest -m "not chaos" --numprocesses=logical --maxprocesses=4 --dist=loadfile
+	@# Of a file all tests run in one process: they share its Ray and its servers. In order, the short ones are last.
+	@$(PY) -m pytest -m "not chaos" --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: test-fast
 test-fast: $(READY) ## the tests that start no Ray, no server, no browser

@@ -305,7 +305,7 @@ def _train_whole(workspace: Workspace, run: Run) -> _Trained:
     tuned = fine_tune(workspace, run, spec)
     return _Trained(
         model=spec.start,
-        head="pyramid" if spec.is_dense else "linear",
+        head=spec.start.head or ("pyramid" if spec.is_dense else "linear"),
         weights=tuned.weights,
         temperature=tuned.temperature,
         metrics=tuned.metrics,

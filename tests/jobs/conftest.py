@@ -24,6 +24,14 @@ def ray_session() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture(scope="module")
+def cached_weights(torch_home_folder: Path) -> Iterator[None]:
+    """The weights are in torch's cache, for workers too: this comes before Ray starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(torch_home_folder))
+        yield
+
+
 @pytest.fixture
 def reviewed(
     tmp_path: Path,

@@ -260,19 +260,6 @@ def check_metrics(port: int) -> None:
     assert min(seconds.values()) > 0
 
 
-def test_without_the_token_nobody_gets_in(composed: Composed, workspace: Workspace) -> None:
-    done = winnow(composed, "predict", "--retry-failures=all", RAY_AUTH_TOKEN=secrets.token_hex(32))
-    assert done.returncode == 2
-    assert "its token is missing or wrong" in done.stderr
-    with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(f"http://127.0.0.1:{composed.port('ray-head 8265')}/api/version", timeout=10)
-
-
-def test_without_the_keys_the_storage_gives_nothing(composed: Composed) -> None:
-    with pytest.raises(urllib.error.HTTPError, match="403"):
-        urllib.request.urlopen(f"http://127.0.0.1:{composed.port('s3 8333')}/images/000001.jpg", timeout=10)
-
-
 # ------------------------------------------------------------------------------------------------------ Label Studio
 
 
@@ -381,3 +368,19 @@ def test_people_are_asked_by_the_composed_label_studio_on_postgresql(
         ]
     # All of that lies in PostgreSQL.
     assert not list(composed.folder.rglob("*.sqlite3"))
+
+
+# -------------------------------------------------------------------------------------------------------- strangers
+
+
+def test_without_the_token_nobody_gets_in(composed: Composed, workspace: Workspace) -> None:
+    done = winnow(composed, "predict", "--retry-failures=all", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    assert done.returncode == 2
+    assert "its token is missing or wrong" in done.stderr
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"http://127.0.0.1:{composed.port('ray-head 8265')}/api/version", timeout=10)
+
+
+def test_without_the_keys_the_storage_gives_nothing(composed: Composed) -> None:
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(f"http://127.0.0.1:{composed.port('s3 8333')}/images/000001.jpg", timeout=10)

@@ -99,7 +99,7 @@ def test_help_says_what_the_demo_does() -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_session", "torch_home")
+@pytest.mark.usefixtures("cached_weights", "ray_session")
 def test_own_images_get_the_first_act_alone(tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
@@ -137,7 +137,7 @@ def folder(tmp_path: Path, label_studio_server: LocalLabelStudio, monkeypatch: p
 @pytest.mark.s3
 @pytest.mark.label_studio
 @pytest.mark.timeout(1200)
-@pytest.mark.usefixtures("ray_session", "torch_home")
+@pytest.mark.usefixtures("cached_weights", "ray_session")
 def test_the_loop_ends_with_better_models_and_a_look_at_the_audit(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

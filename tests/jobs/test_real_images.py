@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,6 @@ from winnow_jobs.search import draw_sheet
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("cached_weights", "ray_session")]
 
 MODEL = "torchvision/mobilenet_v2@IMAGENET1K_V1"
-
-
-@pytest.fixture(scope="module")
-def cached_weights(torch_home_folder: Path) -> Iterator[None]:
-    """The weights are in torch's cache, for workers too: this comes before Ray starts."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_HOME", str(torch_home_folder))
-        yield
 
 
 def reference(files: list[bytes]) -> tuple[np.ndarray[Any, Any], list[str]]:

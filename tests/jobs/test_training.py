@@ -75,10 +75,15 @@ def test_a_whole_network_learns_is_measured_and_answers(tmp_path: Path) -> None:
         "current_labels AS l USING (image_id) JOIN current_images USING (image_id) WHERE split = 'test'",
     )
     assert (right["n"], right["accuracy"]) == (18, pytest.approx(made.metrics["test"]["accuracy"]))
-    # From the one in production, with its head: it is as good from the first epoch on.
-    again = recipe(workspace, epochs=1).train("colour", seed=1)
-    assert (again.version, again.parent) == ("colour@2", "colour@1")
+    # From a head on frozen features, which is kept: it is as good from the first epoch on.
+    workspace.train("colour", head=True)
+    again = recipe(workspace, epochs=1).train("colour", start="colour@2")
+    assert (again.version, again.parent) == ("colour@3", "colour@2")
     assert again.metrics["fit"]["curve"][0]["train_loss"] < losses[0]
+    card = workspace.warehouse.registry.card(workspace.warehouse.registry.version("colour@3"))
+    assert card.head == "rms_linear"
+    workspace.promote("colour@3", force=True)
+    assert workspace.predict(tasks=["colour"]).num_answered == 117
 
 
 @pytest.mark.usefixtures("ray_session")
