@@ -27,7 +27,7 @@ from click import echo
 from winnow.calibration import expected_calibration_error
 from winnow.metrics import log_loss
 from winnow.models import linear_head
-from winnow.models.linear_head import emphasis, root_mean_square_1
+from winnow.models.linear_head import rms_norm
 from winnow.models.references import resolve_backbone
 from winnow.uncertainty import softmax
 from winnow_jobs import Workspace
@@ -113,14 +113,14 @@ def compare(workspace: Workspace, sizes: list[int], num_draws: int) -> None:
     """
     features = features_of(workspace)
     train_N, test_N = features["train"][1], features["test"][1]
-    scaled = {split: root_mean_square_1(images_ND) for split, (images_ND, _) in features.items()}
-    emphasis_DD = emphasis(np.concatenate([scaled["train"], scaled["val"]]))
+    scaled = {split: rms_norm(images_ND) for split, (images_ND, _) in features.items()}
+    shown_ND = np.concatenate([scaled["train"], scaled["val"]])
     plain = {split: images_ND for split, (images_ND, _) in features.items()}
     ways: dict[str, tuple[dict[str, np.ndarray], np.ndarray | None, tuple[float, ...]]] = {
         "regression": (plain, None, ()),
         "with a share of LDA": (plain, None, SHARES),
         "and scaled features": (scaled, None, SHARES),
-        "and emphasis: the head": (scaled, emphasis_DD, SHARES),
+        "and emphasis: the head": (scaled, shown_ND, SHARES),
     }
     random = np.random.default_rng(0)
     for size in sizes:
@@ -128,14 +128,14 @@ def compare(workspace: Workspace, sizes: list[int], num_draws: int) -> None:
         for _ in range(num_draws):
             order = random.permutation(len(train_N))
             drawn, rest = order[:size], order[size:]
-            for name, (images, directions_DD, shares) in ways.items():
+            for name, (images, shown, shares) in ways.items():
                 linear_head.SHARES = shares  # type: ignore[assignment]
                 head = linear_head.fit_linear_head(
                     images["train"][drawn],
                     train_N[drawn],
                     int(train_N.max()) + 1,
                     chooser=(images["val"], features["val"][1]),
-                    emphasis_DD=directions_DD,
+                    shown_ND=shown,
                 )
                 figures = []
                 for images_ND, labels_N in ((images["train"][rest], train_N[rest]), (images["test"], test_N)):

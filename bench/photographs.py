@@ -18,7 +18,7 @@ from heads import rows_of, workspace_of
 from numpy.typing import NDArray
 from PIL import Image
 
-from winnow.models.linear_head import LinearHead, emphasis, fit_linear_head, root_mean_square_1
+from winnow.models.linear_head import LinearHead, fit_linear_head, rms_norm
 from winnow.models.references import resolve_backbone
 from winnow.perceptual_hash import perceptual_hash
 from winnow_jobs.heads import HeadJob
@@ -59,7 +59,7 @@ class Photographs:
         Args:
             teach: numbers of the photographs that it learns from.
             choose: of those that choose strength and temperature.
-            seen: of those whose labels are not looked at, the others included.
+            seen: those whose features are looked at, with or without label: these and others.
         """
         scaled_ND, classes_N = self.scaled_ND, self.classes_N
         return fit_linear_head(
@@ -67,13 +67,13 @@ class Photographs:
             classes_N[teach],
             self.num_classes,
             chooser=(scaled_ND[choose], classes_N[choose]),
-            emphasis_DD=emphasis(scaled_ND[seen]),
+            shown_ND=scaled_ND[seen],
         )
 
     @cached_property
     def scaled_ND(self) -> NDArray[np.float32]:
         """Features as the head looks at them."""
-        return root_mean_square_1(self.features_ND)
+        return rms_norm(self.features_ND)
 
     def of(self, split: str) -> NDArray[np.int64]:
         """Numbers of the photographs of a split."""

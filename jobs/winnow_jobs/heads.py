@@ -25,6 +25,7 @@ from winnow.models.cards import Head
 from winnow.models.references import ResolvedModel
 from winnow.splits import SPLITS
 from winnow.uncertainty import softmax
+from winnow_connectors.ledger import digest_of
 from winnow_jobs.features import Featured, FeatureReader, MappedArrays
 from winnow_jobs.labelled import LabelledImages
 from winnow_jobs.mask_labels import read_masks
@@ -82,7 +83,8 @@ class HeadJob:
     Attributes:
         state: the backbone's tensors as they go to the version's file.
         num_images: that could be used, by split.
-        failures: images left out, by kind of error.
+        failures: labelled images left out, by kind of error.
+        num_unlabelled: images without labels that were looked at.
         seconds: by stage.
     """
 
@@ -114,8 +116,10 @@ class HeadJob:
         self.state = {key: tensor.clone() for key, tensor in state_of(self.network).items()}
         self.num_images: Counter[str] = Counter(dict.fromkeys(SPLITS, 0))
         self.failures: Counter[str] = Counter()
+        self.num_unlabelled = 0
         self.seconds: dict[str, float] = {}
         self._examples: list[str] = []
+        self._skipped: Counter[str] = Counter()
         self._warnings: list[str] = []
 
     def warn(self, sentence: str) -> None:
@@ -142,11 +146,11 @@ class HeadJob:
             Progress("features", total) as progress,
             FeatureReader(self.backbone, self.network, self.workspace.stores, self.reading) as reader,
         ):
-            num_unlabelled = 0
 
             def tell() -> None:
                 num_failed = sum(self.failures.values())
-                progress.update(sum(self.num_images.values()) + num_unlabelled + num_failed, num_failed)
+                num_seen = num_failed + sum(self.num_images.values())
+                progress.update(num_seen + self.num_unlabelled + sum(self._skipped.values()), num_failed)
 
             for split in SPLITS:
                 for featured in reader.read(self.labels.of(split).to_pylist(), self.fail):
@@ -154,15 +158,28 @@ class HeadJob:
                     tell()
             for featured in reader.read(self.unlabelled, self._skip):
                 use_unlabelled(featured)
-                num_unlabelled += len(featured.images)
+                self.num_unlabelled += len(featured.images)
                 tell()
+            tell()
         self.seconds["features"] = time.monotonic() - started
 
     def _skip(self, image: Read) -> None:
-        """An image without a label that cannot be read is not missed, but without the storage nothing is made."""
+        """An image without a label that cannot be read is not missed, but without the storage nothing is made.
+
+        Raises:
+            StoppedError: access or storage failed for too many of them.
+        """
         assert image.error is not None
+        self._skipped[image.error.kind] += 1
         if FAILURE_KINDS[image.error.kind].systemic:
-            self.fail(image)
+            num_seen = self.num_unlabelled + sum(self._skipped.values())
+            check_left_out(
+                self._skipped,
+                [_example(image.row["uri"], image.error.message)],
+                num_seen,
+                self.reading.max_failure_share,
+                what="images without labels",
+            )
 
     def fail(self, image: Read) -> None:
         """Leave an image out.
@@ -177,7 +194,7 @@ class HeadJob:
         """Leave an image out; raises StoppedError when it is one too many."""
         self.failures[kind] += 1
         if len(self._examples) < 3:
-            self._examples.append(message if uri in message else f"{uri}: {message}")
+            self._examples.append(_example(uri, message))
         num_seen = sum(self.failures.values()) + sum(self.num_images.values())
         check_left_out(self.failures, self._examples, num_seen, self.reading.max_failure_share)
 
@@ -187,11 +204,15 @@ class HeadJob:
             raise JobError(f"no labelled image of the train split could be used: {'; '.join(self._examples)}")
 
 
+def _example(uri: str, message: str) -> str:
+    return message if uri in message else f"{uri}: {message}"
+
+
 def learn_labels(job: HeadJob) -> Learned:
     """A linear head on the scaled features of each image; val chooses its strength and its temperature."""
     import torch
 
-    from winnow.models.linear_head import EMPHASIS, emphasis, fit_linear_head, root_mean_square_1
+    from winnow.models.linear_head import EMPHASIS, fit_linear_head, rms_norm
     from winnow.models.networks import RmsLinear
 
     index = {name: number for number, name in enumerate(job.classes)}
@@ -201,11 +222,11 @@ def learn_labels(job: HeadJob) -> Learned:
     groups: list[str] = []
 
     def use_unlabelled(featured: Featured) -> None:
-        unlabelled.append(root_mean_square_1(featured.features[0]))
+        unlabelled.append(rms_norm(featured.features[0]))
 
     def use(_: FeatureReader, featured: Featured) -> None:
         split = featured.images[0].row["split"]
-        features[split].append(root_mean_square_1(featured.features[0]))
+        features[split].append(rms_norm(featured.features[0]))
         labels[split] += [index[image.row["label"]] for image in featured.images]
         if split == "train":
             groups.extend(image.row["group"] for image in featured.images)
@@ -241,7 +262,7 @@ def learn_labels(job: HeadJob) -> Learned:
             len(job.classes),
             chooser=(features_ND["val"], labels_N["val"]) if enough else None,
             folds_N=None if enough else _folds(groups, job.seed),
-            emphasis_DD=emphasis(shown_ND),
+            shown_ND=shown_ND,
             on_fit=on_fit,
         )
     job.seconds["fit"] = time.monotonic() - started
@@ -271,7 +292,8 @@ def learn_labels(job: HeadJob) -> Learned:
         "lda_share": fitted.share,
         "lda_shrinkage": fitted.shrinkage,
         "emphasis": EMPHASIS if fitted.emphasised else 0.0,
-        "num_unlabelled": sum(len(found) for found in unlabelled),
+        "num_unlabelled": job.num_unlabelled,
+        "unlabelled": digest_of({"image_ids": [row["image_id"] for row in job.unlabelled]}),
         "chosen_by": chosen_by,
         "log_loss": fitted.log_loss,
         "log_loss_by_strength": {f"{strength:.4g}": loss for strength, loss in fitted.log_losses.items()},

@@ -175,13 +175,13 @@ def unlabelled_images(engine: QueryEngine, labels: LabelledImages, most: int) ->
     Args:
         engine: SQL over the warehouse.
         labels: those that are used.
-        most: images in all: none when so many are labelled.
+        most: images of train and val in all: none when so many are labelled.
 
     Returns:
         image_id, uri, version and size, in the order of image ids, which is a random one.
     """
     known = labels.rows["image_id"].combine_chunks()
-    wanted = max(0, most - len(known))
+    wanted = max(0, most - labels.of("train").num_rows - labels.of("val").num_rows)
     found = engine.sql(_UNLABELLED.format(limit=wanted + len(known) if wanted else 0))
     return found.filter(pc.invert(pc.is_in(found["image_id"], value_set=known))).slice(0, wanted).combine_chunks()
 

@@ -33,7 +33,9 @@ Sample = tuple[NDArray[np.float32], NDArray[np.int64]]
 """Logits (n, C) and labels (n,)."""
 
 
-def check_left_out(failures: Mapping[str, int], examples: Sequence[str], num_seen: int, most: float) -> None:
+def check_left_out(
+    failures: Mapping[str, int], examples: Sequence[str], num_seen: int, most: float, *, what: str = "labelled images"
+) -> None:
     """Stop a training that leaves out too many images for reasons of access, storage, or of their labels.
 
     Args:
@@ -41,6 +43,7 @@ def check_left_out(failures: Mapping[str, int], examples: Sequence[str], num_see
         examples: some of them, in words.
         num_seen: images seen so far.
         most: share of them that may be left out.
+        what: they are.
 
     Raises:
         StoppedError: they are too many.
@@ -48,7 +51,7 @@ def check_left_out(failures: Mapping[str, int], examples: Sequence[str], num_see
     systemic = sum(count for kind, count in failures.items() if kind in FAILURE_KINDS and FAILURE_KINDS[kind].systemic)
     if num_seen >= _LEAST_TO_STOP and max(systemic, failures.get("label", 0)) > most * num_seen:
         raise StoppedError(
-            f"stopped, nothing was published: {sum(failures.values()):,} of {num_seen:,} labelled images could not be "
+            f"stopped, nothing was published: {sum(failures.values()):,} of {num_seen:,} {what} could not be "
             f"used, more than max_failure_share = {most:g}: {'; '.join(examples)}. Mend that, then run the same command"
         )
 

@@ -6,6 +6,7 @@ That is how workers report, how a failing storage stops the run, and how batches
 from __future__ import annotations
 
 import logging
+import math
 import re
 import resource
 import secrets
@@ -33,6 +34,12 @@ from winnow_jobs.spec import PredictSpec, ReadSpec
 from winnow_jobs.stages import AnswerWriter, BatchWriter, FetchDecode, Infer
 
 logger = logging.getLogger(__name__)
+
+_CALLS_PER_READER = 2
+"""Pieces at a time per reading actor: while the last images of one are awaited, the next one is under way."""
+
+_LEAST_PIECE = 16
+"""Images that are worth a call."""
 
 _MIN_READ_TO_STOP = 200
 _POLL_S = 0.5
@@ -149,6 +156,11 @@ class _BatchSink(Datasink[None]):
         writer.write(pa.concat_tables(tables))
 
 
+def _readers(resources: ResourcePlan, num_pieces: int) -> ActorPoolStrategy:
+    size = min(resources.num_decode, num_pieces)
+    return ActorPoolStrategy(size=size, max_concurrent_calls_per_actor=_CALLS_PER_READER)
+
+
 def execute(
     spec: PredictSpec,
     warehouse: Warehouse,
@@ -167,8 +179,7 @@ def execute(
             fn_constructor_args=(spec, warehouse, plan, board, resources.num_decoders),
             batch_size=1,
             batch_format="pyarrow",
-            # Two pieces at a time per actor: while the last images of one are awaited, the next one is under way.
-            compute=ActorPoolStrategy(size=min(resources.num_decode, num_pieces), max_concurrent_calls_per_actor=2),
+            compute=_readers(resources, num_pieces),
             num_cpus=resources.decode_cpus,
         ).map_batches(
             _InferActor,
@@ -214,7 +225,7 @@ def execute_copies(
             fn_constructor_args=(spec, warehouse, plan, board, resources.num_decoders),
             batch_size=1,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=min(resources.num_decode, num_pieces), max_concurrent_calls_per_actor=2),
+            compute=_readers(resources, num_pieces),
             num_cpus=resources.decode_cpus,
         )
 
@@ -274,7 +285,9 @@ def work_through(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     board = ray.remote(num_cpus=0, max_restarts=-1)(Board).remote(spec.max_failure_share)
-    dealt = deal_out(missing, chunk=spec.chunk_rows, num_workers=num_workers)
+    # No smaller than what keeps as many requests in flight as a reader may have.
+    least = max(_LEAST_PIECE, math.ceil(spec.fetch_concurrency / _CALLS_PER_READER))
+    dealt = deal_out(missing, chunk=spec.chunk_rows, num_workers=num_workers, least=least)
     pieces = [_piece_row(ranges, spec.chunk_rows) for ranges in dealt]
     dataset = stages(ray.data.from_items(pieces, override_num_blocks=len(pieces)), len(pieces), board)
     sink = _BatchSink(writer, spec, warehouse, plan, board, attempt=secrets.token_hex(8), generation=generation)

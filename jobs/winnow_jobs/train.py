@@ -184,9 +184,20 @@ def train(
 
 
 def work_off(workspace: Workspace, run: Run) -> TrainResult:
-    """Train what the plan of a run says, and publish it. Raises what ``train`` raises."""
+    """Train what the plan of a run says, and publish it.
+
+    Raises:
+        CallError: another Winnow planned it, whose trainer would make something else of it.
+        StoppedError, JobError: as ``train``.
+    """
     started = time.monotonic()
     plan = run.plan.config
+    if plan["trainer"] != TRAINER:
+        raise CallError(
+            f"run {run.run_id} was planned by Winnow {run.plan.code_version}, whose trainer was number "
+            f"{plan['trainer']}; this one's is {TRAINER} and learns differently. Give it up with `winnow runs abandon "
+            f"{run.run_id}`, then train again"
+        )
     labels = LabelledImages.from_parquet(run.store.get(run.key(LABELS)))
     trained = _train_whole(workspace, run) if "training" in plan else _train_head(workspace, run, labels)
     model = trained.model

@@ -25,9 +25,6 @@ Ranges = tuple[tuple[int, int], ...]
 _PIECES_AHEAD = 8
 """Into so many pieces per worker is divided what is left; Ray hands up to four of them to a worker in advance."""
 
-_LEAST_PIECE = 16
-"""Images that are worth a call."""
-
 
 def to_ranges(positions: Iterable[int] | NDArray[np.int64]) -> Ranges:
     """Positions in any order, each once, as half-open ranges.
@@ -175,7 +172,7 @@ def split_ranges(ranges: Ranges, *, chunk: int) -> list[Ranges]:
     return [tuple(chunks[index]) for index in sorted(chunks)]
 
 
-def deal_out(ranges: Ranges, *, chunk: int, num_workers: int) -> list[Ranges]:
+def deal_out(ranges: Ranges, *, chunk: int, num_workers: int, least: int) -> list[Ranges]:
     """Pieces of work that become smaller towards the end, so that workers of any speed end at nearly the same time.
 
     Each piece is a share of what is left for all workers: guided self-scheduling (Polychronopoulos & Kuck 1987), with
@@ -185,14 +182,18 @@ def deal_out(ranges: Ranges, *, chunk: int, num_workers: int) -> list[Ranges]:
         ranges: positions to deal out.
         chunk: positions per plan file, and the most per piece.
         num_workers: that take pieces, in order, whenever they have time.
+        least: positions that are worth a call. Pieces are multiples of it, but for the last ones of a chunk.
+
+    Returns:
+        The pieces, in the order of ``ranges``: each position in exactly one of them.
     """
     left = num_positions(ranges)
     pieces: list[Ranges] = []
     for part in split_ranges(ranges, chunk=chunk):
         while part:
-            share = math.ceil(left / (_PIECES_AHEAD * num_workers) / _LEAST_PIECE) * _LEAST_PIECE
+            share = math.ceil(left / (_PIECES_AHEAD * num_workers) / least) * least
             size = num_positions(part)
-            if size - share < _LEAST_PIECE:
+            if size - share < least:
                 share = size
             piece, part = _cut(part, share)
             pieces.append(piece)

@@ -322,6 +322,7 @@ def label_studio(composed: Composed, label_studio_cache: Path) -> Iterator[Label
             composed.secrets["LABEL_STUDIO_API_KEY"],
             patience=Patience(60.0, 60.0),
         )
+        composed.stop()  # before its folder goes
 
 
 @pytest.mark.label_studio

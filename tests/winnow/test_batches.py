@@ -118,9 +118,11 @@ def test_split_ranges_touch_one_chunk_each_and_lose_nothing(positions: set[int],
     assert all(len({position // chunk for position in positions_of(part)}) == 1 for part in parts)
 
 
-@given(st.sets(st.integers(0, 600)), st.integers(1, 90), st.integers(1, 9))
-def test_pieces_touch_one_chunk_each_and_lose_nothing(positions: set[int], chunk: int, num_workers: int) -> None:
-    pieces = deal_out(to_ranges(positions), chunk=chunk, num_workers=num_workers)
+@given(st.sets(st.integers(0, 600)), st.integers(1, 90), st.integers(1, 9), st.integers(1, 100))
+def test_pieces_touch_one_chunk_each_and_lose_nothing(
+    positions: set[int], chunk: int, num_workers: int, least: int
+) -> None:
+    pieces = deal_out(to_ranges(positions), chunk=chunk, num_workers=num_workers, least=least)
     dealt = [position for piece in pieces for position in positions_of(piece)]
     assert sorted(dealt) == sorted(positions)
     assert all(piece for piece in pieces)
@@ -128,19 +130,19 @@ def test_pieces_touch_one_chunk_each_and_lose_nothing(positions: set[int], chunk
 
 
 def test_pieces_become_smaller_towards_the_end_but_not_tiny() -> None:
-    sizes = [num_positions(piece) for piece in deal_out(((0, 100_000),), chunk=2048, num_workers=4)]
+    sizes = [num_positions(piece) for piece in deal_out(((0, 100_000),), chunk=2048, num_workers=4, least=16)]
     assert sizes[0] == 2048
     assert sizes[-4:] == [16] * 4
     assert min(sizes) == 16
     assert len(sizes) < 250
-    assert [num_positions(piece) for piece in deal_out(((0, 31),), chunk=256, num_workers=4)] == [31]
+    assert [num_positions(piece) for piece in deal_out(((0, 31),), chunk=256, num_workers=4, least=16)] == [31]
 
 
 @pytest.mark.parametrize("num_workers", [2, 4, 16])
 def test_workers_of_any_speed_that_hold_pieces_in_advance_end_together(num_workers: int) -> None:
     speeds = np.random.default_rng(num_workers).uniform(0.7, 1.3, num_workers)
     num = 2_560 * num_workers
-    pieces = [num_positions(piece) for piece in deal_out(((0, num),), chunk=256, num_workers=num_workers)]
+    pieces = [num_positions(piece) for piece in deal_out(((0, num),), chunk=256, num_workers=num_workers, least=16)]
     ends = np.zeros(num_workers)
     held: list[list[float]] = [[] for _ in range(num_workers)]  # when each piece handed to a worker will be done
     now = 0.0

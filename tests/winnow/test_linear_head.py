@@ -17,7 +17,7 @@ from winnow.models.linear_head import (
     _analyses,
     emphasis,
     fit_linear_head,
-    root_mean_square_1,
+    rms_norm,
 )
 from winnow.models.networks import RmsLinear
 from winnow.uncertainty import softmax
@@ -242,7 +242,8 @@ def varied(num: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def test_an_emphasised_head_answers_plain_features_as_it_was_fitted_on_emphasised_ones() -> None:
     features, labels = varied(30, seed=0)
     chooser = varied(60, seed=1)
-    directions = emphasis(varied(1_000, seed=2)[0])
+    shown, _ = varied(1_000, seed=2)
+    directions = emphasis(shown)
     plain = fit_linear_head(features, labels, C, chooser=chooser)
     assert plain.log_loss is not None
     told: list[tuple[int, int]] = []
@@ -251,7 +252,7 @@ def test_an_emphasised_head_answers_plain_features_as_it_was_fitted_on_emphasise
         labels,
         C,
         chooser=chooser,
-        emphasis_DD=directions,
+        shown_ND=shown,
         on_fit=lambda done, total: told.append((done, total)),
     )
     assert told == sorted(told)
@@ -282,13 +283,16 @@ def test_directions_are_not_emphasised_where_the_images_that_choose_say_so() -> 
 
     features, labels = images(60, seed=0)
     chooser = images(60, seed=1)
-    directions = emphasis(np.concatenate([features, chooser[0]]))
-    head = fit_linear_head(features, labels, C, chooser=chooser, emphasis_DD=directions)
+    shown = np.concatenate([features, chooser[0]])
+    head = fit_linear_head(features, labels, C, chooser=chooser, shown_ND=shown)
     plain = fit_linear_head(features, labels, C, chooser=chooser)
     assert not head.emphasised
     assert head.weight_CD.tobytes() == plain.weight_CD.tobytes()
     # Where nothing can choose, they are.
-    assert fit_linear_head(features, labels, C, emphasis_DD=directions).emphasised
+    told: list[tuple[int, int]] = []
+    alone = fit_linear_head(features, labels, C, shown_ND=shown, on_fit=lambda done, total: told.append((done, total)))
+    assert alone.emphasised
+    assert told[-1][0] == told[-1][1]
 
 
 def test_images_without_labels_make_few_labels_worth_more() -> None:
@@ -300,8 +304,7 @@ def test_images_without_labels_make_few_labels_worth_more() -> None:
         chooser = varied(60, seed=seed + 10)
         seen = np.concatenate([features, chooser[0], unlabelled])
         plain, helped = (
-            fit_linear_head(features, labels, C, chooser=chooser, emphasis_DD=directions_DD)
-            for directions_DD in (None, emphasis(seen))
+            fit_linear_head(features, labels, C, chooser=chooser, shown_ND=shown) for shown in (None, seen)
         )
         right = [(head.logits(unseen).argmax(axis=1) == truth).mean() for head in (plain, helped)]
         gains.append(right[1] - right[0])
@@ -309,10 +312,25 @@ def test_images_without_labels_make_few_labels_worth_more() -> None:
     assert np.mean(gains) > 0.03
 
 
+def test_a_head_is_the_same_with_any_number_of_threads() -> None:
+    features, labels = varied(200, seed=0)
+    shown, _ = varied(2_000, seed=2)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for num in (1, 2):
+            torch.set_num_threads(num)
+            found.append(fit_linear_head(features, labels, C, shown_ND=shown).weight_CD.tobytes())
+            assert torch.get_num_threads() == num
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1]
+
+
 def test_features_are_scaled_as_the_network_scales_them() -> None:
     features = np.random.default_rng(0).normal(5, 3, size=(20, D)).astype(np.float32)
     features[3] = 0.0  # no feature was excited: no direction, and no harm
-    scaled = root_mean_square_1(features)
+    scaled = rms_norm(features)
     assert scaled.dtype == np.float32
     np.testing.assert_allclose(np.square(scaled).mean(axis=1)[4:], 1.0, atol=1e-5)
     module = RmsLinear(D, C)

@@ -173,6 +173,11 @@ def test_a_head_on_scaled_features_is_told_by_its_keys(tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = torch.softmax(own.head(own.backbone(normalised)), dim=1).numpy()
     np.testing.assert_allclose(load(model).predict(images)[model.id], expected, atol=1e-5)
+    # As a start for other classes the head is gone, and with it what kind it was.
+    other = TaskConfig(model=path.name, architecture="timm/test_resnet", classes=("x", "y"))
+    start = resolve_backbone(other, base_dir=tmp_path)
+    assert (start.head, start.output) == ("", "features")
+    assert load_network(start).head is None
     # The other kind of head does not fit.
     wrong = {key: tensor for key, tensor in state_of(own).items() if key != "head.linear.bias"}
     safetensors.torch.save_file(wrong, path)

@@ -65,7 +65,8 @@ class Card:
         metrics: measured when it was made, by split; see ``winnow.metrics``.
         labels: what it learned from.
         parent: id of the model it was built on.
-        digest: of everything that decides the result: labels, seed, parent, classes, trainer.
+        digest: of what was asked for: labels, seed, parent, classes, trainer. A head also depends on which images
+            without labels there were: ``metrics["fit"]["unlabelled"]`` is their digest.
         seed: of the training.
         created_at: UTC, ISO 8601.
         winnow_version: that made it.

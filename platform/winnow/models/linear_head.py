@@ -92,7 +92,7 @@ class LinearHead:
         return logits
 
 
-def root_mean_square_1(features_ND: Features) -> Features:
+def rms_norm(features_ND: Features) -> Features:
     """Features scaled image by image to a mean square of 1, float32 (N, D): what ``networks.RmsLinear`` learns from."""
     squares_N1 = np.square(features_ND, dtype=np.float32).mean(axis=1, keepdims=True, dtype=np.float32)
     scaled: Features = features_ND / np.sqrt(squares_N1 + np.float32(RMS_EPSILON))
@@ -100,11 +100,18 @@ def root_mean_square_1(features_ND: Features) -> Features:
 
 
 def emphasis(features_ND: Features, power: float = EMPHASIS) -> NDArray[np.float64]:
-    """Symmetric (D, D): features times it weigh more in the directions in which these images vary more.
+    """Features times this matrix weigh more in the directions in which these images vary more.
 
     It is ``(S / s)^(power / 2)`` for their covariance S and its largest eigenvalue s, so that 0 changes nothing. A
     penalty on weights then holds back what few images could tell anyway: a kernel whose spectrum was changed by images
     with and without labels (Chapelle, Weston & Schölkopf, "Cluster Kernels for Semi-Supervised Learning" (2002)).
+
+    Args:
+        features_ND: of at least one image, finite.
+        power: of the covariance.
+
+    Returns:
+        Float64 (D, D), symmetric; the identity where all images are the same.
     """
     depth = features_ND.shape[1]
     mean_D = features_ND.mean(axis=0, dtype=np.float64)
@@ -128,7 +135,7 @@ def fit_linear_head(
     *,
     chooser: tuple[Features, Labels] | None = None,
     folds_N: Labels | None = None,
-    emphasis_DD: NDArray[np.float64] | None = None,
+    shown_ND: Features | None = None,
     on_fit: Callable[[int, int], None] = lambda done, total: None,
 ) -> LinearHead:
     """The linear layer of least log-loss on other images: logistic regression with a share of discriminant analysis.
@@ -151,8 +158,9 @@ def fit_linear_head(
         num_classes: C. A class without labels is answered practically never.
         chooser: features and labels of the images whose log-loss chooses.
         folds_N: without a chooser, number of the fold of each image: every fold is answered by a fit on the others.
-        emphasis_DD: of directions, see ``emphasis``; it is folded into the layer as well, unless the images that choose
-            are better answered without it. None: of none.
+        shown_ND: features of all images that there are, with or without labels: directions in which they vary are
+            emphasised, which is folded into the layer as well, unless the images that choose are better answered
+            without. None: no direction is.
         on_fit: told how many fits are done, and of how many.
 
     Raises:
@@ -161,12 +169,13 @@ def fit_linear_head(
     if not np.isfinite(features_ND).all():
         raise JobError("the backbone answers NaN or infinity for some images; check its weights")
     num_threads = torch.get_num_threads()
-    if features_ND.size <= _SMALL:
+    if max(features_ND.size, 0 if shown_ND is None else shown_ND.size) <= _SMALL:
         torch.set_num_threads(1)
     try:
-        if emphasis_DD is None:
+        if shown_ND is None:
             return _fit(features_ND, labels_N, num_classes, chooser, folds_N, on_fit)
-        turned = _fit(
+        emphasis_DD = emphasis(shown_ND)
+        emphasised = _fit(
             (features_ND @ emphasis_DD).astype(np.float32),
             labels_N,
             num_classes,
@@ -174,14 +183,15 @@ def fit_linear_head(
             folds_N,
             lambda done, total: on_fit(done, 2 * total),
         )
-        turned = replace(turned, weight_CD=turned.weight_CD @ emphasis_DD, emphasised=True)
-        if turned.log_loss is None:
-            return turned
+        emphasised = replace(emphasised, weight_CD=emphasised.weight_CD @ emphasis_DD, emphasised=True)
+        if emphasised.log_loss is None:
+            on_fit(1, 1)
+            return emphasised
         plain = _fit(
             features_ND, labels_N, num_classes, chooser, folds_N, lambda done, total: on_fit(total + done, 2 * total)
         )
         assert plain.log_loss is not None
-        return plain if plain.log_loss < turned.log_loss else turned
+        return plain if plain.log_loss < emphasised.log_loss else emphasised
     finally:
         torch.set_num_threads(num_threads)
 

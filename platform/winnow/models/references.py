@@ -176,7 +176,7 @@ def resolve_backbone(task: TaskConfig, *, base_dir: Path, fetch: Fetch | None = 
             "torchvision/mobilenet_v2 or timm/resnet18"
         )
     plain = task.model_copy(update={"kind": "embedding", "classes": None, "size": None})
-    found = resolve(plain, base_dir=base_dir, fetch=fetch)
+    found = dataclasses.replace(resolve(plain, base_dir=base_dir, fetch=fetch), head="")
     if task.kind != "segmentation":
         return found
     view = segmentation_view(found.mean, task.size or PYRAMID_SIZE)
