@@ -15,6 +15,7 @@ from winnow_jobs import Workspace
 
 COLOURS = {"blue": (30, 40, 200), "green": (40, 180, 60), "red": (200, 40, 40)}
 SPLITS = {"train": 6, "val": 2, "test": 4}
+MANY = {"train": 16, "val": 17, "test": 6}
 
 
 def picture(colour: tuple[int, int, int], number: int) -> bytes:
@@ -54,3 +55,27 @@ def labelled(folder: Path, *, splits: dict[str, int] = SPLITS, **config: Any) ->
 
 def ingest(workspace: Workspace) -> None:
     workspace.ingest([str(workspace.folder / "images")], pattern="{split}/{label}/*", task="colour")
+
+
+def recipe(workspace: Workspace, **values: Any) -> Workspace:
+    """The workspace with a section [train]: quick, unless the test says otherwise."""
+    given = {"epochs": 3, "batch_size": 16, "learning_rate": 0.003, "head_learning_rate": 0.03, **values}
+    text = workspace.config_path.read_text().partition("\n[train]")[0]
+    lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in given.items())
+    workspace.config_path.write_text(f"{text}\n[train]\n{lines}\n")
+    return Workspace(workspace.config_path, num_cpus=2)
+
+
+def again_in(workspace: Workspace, name: str) -> Workspace:
+    """The same images, with the same ids, in a warehouse of their own."""
+    text = workspace.config_path.read_text()
+    other = workspace.folder / f"{name}.toml"
+    other.write_text(f'[warehouse]\nuri = "./{name}"\n{text}')
+    found = Workspace(other, num_cpus=2)
+    found.init()
+    ingest(found)
+    return found
+
+
+def sha256(workspace: Workspace, version: str) -> str:
+    return workspace.warehouse.registry.version(version).sha256

@@ -1,51 +1,22 @@
-"""`winnow train`: whole networks by Ray Train; the same by seed, also when killed; left out, refused, measured."""
+"""`winnow train`: whole networks by Ray Train; the same by seed; left out, refused, measured."""
 
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
 
 import workspaces as ws
-from coloured import COLOURS, configure, ingest, labelled
+from coloured import COLOURS, MANY, again_in, configure, ingest, labelled, recipe, sha256
 from delta_tables import HandMade, at
-from winnow.errors import CallError, OpenRunError, StoppedError
+from winnow.errors import CallError, StoppedError
 from winnow_connectors.registry import train_work
 from winnow_jobs import Workspace
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
-
-MANY = {"train": 16, "val": 17, "test": 6}
-
-
-def recipe(workspace: Workspace, **values: Any) -> Workspace:
-    """The workspace with a section [train]: quick, unless the test says otherwise."""
-    given = {"epochs": 3, "batch_size": 16, "learning_rate": 0.003, "head_learning_rate": 0.03, **values}
-    text = workspace.config_path.read_text().partition("\n[train]")[0]
-    lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in given.items())
-    workspace.config_path.write_text(f"{text}\n[train]\n{lines}\n")
-    return Workspace(workspace.config_path, num_cpus=2)
-
-
-def again_in(workspace: Workspace, name: str) -> Workspace:
-    """The same images, with the same ids, in a warehouse of their own."""
-    text = workspace.config_path.read_text()
-    other = workspace.folder / f"{name}.toml"
-    other.write_text(f'[warehouse]\nuri = "./{name}"\n{text}')
-    found = Workspace(other, num_cpus=2)
-    found.init()
-    ingest(found)
-    return found
-
-
-def sha256(workspace: Workspace, version: str) -> str:
-    return workspace.warehouse.registry.version(version).sha256
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -98,65 +69,6 @@ def test_the_same_seed_gives_the_same_weights_with_two_workers_too(tmp_path: Pat
     assert found[0] == found[1]
     # The mean of gradients of halves is that of the whole, up to rounding.
     assert found[2][1] == pytest.approx(found[0][1], rel=1e-3)
-
-
-def test_a_killed_driver_costs_nothing_and_a_killed_worker_neither(tmp_path: Path) -> None:
-    options = {"epochs": 4, "patience": 0, "checkpoint_s": 0.001}
-    workspace = recipe(labelled(tmp_path, splits=MANY), **options)
-    workspace.train("colour")
-    expected = sha256(workspace, "colour@1")
-    workspace = again_in(workspace, "killed")
-
-    def checkpoints() -> int:
-        run = workspace.warehouse.ledger.last_claim(train_work("colour"))
-        folder = workspace.folder / "killed" / "runs" / (run[1] if run else "-") / "checkpoints"
-        return max((int(path.stem) for path in folder.glob("*.safetensors")), default=0)
-
-    def has_more_than(steps: int, process: Any) -> bool:
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        return checkpoints() > steps
-
-    driver = ws.start(workspace.config_path, "train", "colour", log=tmp_path / "log")
-    ws.wait_until(lambda: has_more_than(1, driver), timeout_s=250, what="a checkpoint")
-    ws.kill_driver(driver)
-    reached = checkpoints()
-    # Another call with other labels is refused while it is open, and says what to do.
-    with pytest.raises(OpenRunError, match="runs abandon"):
-        workspace.train("colour", seed=7)
-    driver = ws.start(workspace.config_path, "train", "colour", log=tmp_path / "log")
-    ws.wait_until(lambda: has_more_than(reached, driver), timeout_s=250, what="a further checkpoint")
-    family = psutil.Process(driver.pid).children(recursive=True)
-    workers = [
-        process
-        for process in family
-        if process.status() != psutil.STATUS_ZOMBIE and any("RayTrainWorker" in part for part in process.cmdline())
-    ]
-    assert len(workers) == 1
-    workers[0].kill()
-    assert driver.wait(300) == 0, (tmp_path / "log").read_text()
-    assert "workers died (attempt 1 of 4)" in (tmp_path / "log").read_text()
-    assert sha256(workspace, "colour@1") == expected
-    assert [version.name for version in workspace.models("colour")] == ["colour@1"]
-    assert ws.one(workspace, "SELECT count(*) AS n FROM runs WHERE job = 'train'")["n"] == 1
-
-
-def test_ctrl_c_leaves_the_run_open_for_the_same_call(tmp_path: Path) -> None:
-    workspace = recipe(labelled(tmp_path, splits=MANY), epochs=500, patience=0, checkpoint_s=0.001)
-    process = ws.start(workspace.config_path, "train", "colour", log=tmp_path / "log")
-    ledger = workspace.warehouse.ledger
-
-    def has_checkpoint() -> bool:
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        claimed = ledger.last_claim(train_work("colour"))
-        return claimed is not None and any(workspace.warehouse.store.list(f"runs/{claimed[1]}/checkpoints/"))
-
-    ws.wait_until(has_checkpoint, timeout_s=250, what="a checkpoint")
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130, (tmp_path / "log").read_text()
-    said = (tmp_path / "log").read_text()
-    assert "same command" in said
-    assert "Traceback" not in said
-    assert ledger.open_run(train_work("colour")) is not None
 
 
 @pytest.mark.usefixtures("ray_session")
