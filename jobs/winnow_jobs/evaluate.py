@@ -253,7 +253,7 @@ def _baseline(workspace: Workspace, task: str, config: TaskConfig, against: str)
     try:
         model = workspace.task_model(task, against)
     except CallError as error:
-        return None, f"{against}, the model of winnow.toml, cannot answer {task}: {error.message}"
+        return None, f"{against}, the model of winnow.toml, cannot answer {task}: {error.message.partition(';')[0]}"
     if config.kind == "segmentation":
         known = set(config.classes or model.classes)
     else:
@@ -304,7 +304,7 @@ def _notes(
     versions: Sequence[str],
 ) -> Iterator[str]:
     if reason:
-        yield f"{reason}; so there is nothing to compare with, and it is enough for a promotion to be measured"
+        yield f"{reason}; it is enough for a promotion to be measured"
     for model, version in zip(models, versions, strict=False):
         unknown = [name for name in comparison.candidate.classes if name not in model.classes]
         if unknown:

@@ -166,6 +166,12 @@ def carry_out(workspace: Workspace, call: IngestCall) -> IngestResult:
                 logger.warning(
                     "%s images keep the split that they have; the listing gives another", f"{changes.num_splits_kept:,}"
                 )
+            if changes.num_vanished and not tally.num_listed:
+                logger.warning(
+                    "nothing is listed there any more, so all %s images of it count as vanished; if it was "
+                    "not mounted or named wrongly: the next ingest that lists them brings them back with their answers",
+                    f"{changes.num_vanished:,}",
+                )
             is_own = run is None
             if run is None:
                 if changes.is_empty:

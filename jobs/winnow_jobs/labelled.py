@@ -220,8 +220,8 @@ def _check_known(rows: pa.Table, task: str, config: TaskConfig) -> None:
     if config.classes is None:
         names = json.dumps(sorted(counts), ensure_ascii=False)
         raise CallError(
-            f"tasks.{task} has no classes, and the trained head needs them in an order; add to winnow.toml: "
-            f"classes = {names if len(names) < 2000 else names[:2000] + ' …'}"
+            f"tasks.{task} has no classes, and the trained head needs them in an order; add to [tasks.{task}] in "
+            f"winnow.toml: classes = {names if len(names) < 2000 else names[:2000] + ' …'}"
         )
     unknown = sorted((name for name in counts if name not in config.classes), key=lambda name: -counts[name])
     if unknown:

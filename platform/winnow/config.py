@@ -6,6 +6,7 @@ Every field carries its description: ``winnow init`` and ``docs/configuration.md
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -527,6 +528,8 @@ def _describe(fault: Any) -> str:
     if kind == "missing":
         return f"  {key}: missing; {_lower(_description(location))}"
     message = _lower(message.removeprefix("Value error, "))
+    if kind in ("tuple_type", "list_type"):
+        message = "input should be a list" + (f", such as [{json.dumps(value)}]" if isinstance(value, str) else "")
     if location[-1] == "[key]":
         key = ".".join(_quote(part) for part in location[:-1])
         return f"  {key}: a name starts with a lower-case letter; lower-case letters, digits and _ follow, 63 at most"

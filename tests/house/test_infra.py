@@ -285,6 +285,20 @@ def test_the_image_gets_every_file_that_the_build_copies() -> None:
         assert any(entry == name or entry.startswith(f"{name}/") for entry in shown), name
 
 
+def test_volumes_of_the_image_belong_to_its_user() -> None:
+    """A new volume takes the owner of the folder below it; where there is none, root owns it."""
+    made = re.search(r"chown winnow:winnow ([^\n]+)", (INFRA / "Dockerfile").read_text())
+    assert made is not None
+    services = yaml.safe_load((INFRA / "compose.yaml").read_text())["services"]
+    mounted = {
+        path.split(":")[1]
+        for name in ("ray-head", "ray-worker", "s3")
+        for path in services[name]["volumes"]
+        if not path.startswith("./")
+    }
+    assert mounted == set(made[1].split())
+
+
 def test_what_the_image_installs_first_is_what_winnow_and_its_extras_need() -> None:
     command = [sys.executable, INFRA / "requirements.py", ROOT / "pyproject.toml", "aws", "local", "timm"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()

@@ -82,7 +82,8 @@ def test_help_needs_no_configuration_and_imports_nothing_heavy(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("prdict",), "No such command 'prdict'"),
+        (("prdict",), "No such command 'prdict'. Did you mean 'predict'?"),
+        (("qwertyuiop",), "No such command 'qwertyuiop'."),
         (("predict", "--limit", "many"), "'many' is not a valid integer"),
         (("predict", "--frobnicate"), "No such option"),
         (("ingest",), "Missing argument"),

@@ -193,6 +193,23 @@ def test_images_vanish_only_from_the_source_that_they_came_from(workspace: Works
     assert len(current(workspace)) == 3
 
 
+def test_a_source_that_lists_nothing_any_more_is_remarked(
+    workspace: Workspace, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    workspace.ingest([str(photos)])
+    answered = current(workspace)
+    photos.rename(photos.with_name("unmounted"))
+    photos.mkdir()
+    assert counts(workspace.ingest([str(photos)])) == (0, 0, 4, 0)
+    assert "nothing is listed there any more, so all 4 images of it count as vanished" in caplog.text
+    photos.rmdir()
+    photos.with_name("unmounted").rename(photos)
+    caplog.clear()
+    workspace.ingest([str(photos)])
+    assert set(current(workspace)) == set(answered)
+    assert "any more" not in caplog.text
+
+
 def test_image_under_two_sources_of_one_call_is_one(workspace: Workspace, photos: Path) -> None:
     result = workspace.ingest([str(photos / "train"), str(photos)])
     assert (counts(result), result.skipped) == ((4, 0, 0, 0), {"listed_twice": 2})

@@ -54,6 +54,10 @@ def test_all_faults_are_reported_at_once_with_key_value_and_what_is_valid() -> N
         ('[storage."s3://"]\nendpoint = "http://key:secret@host"\n', "must not hold credentials"),
         ('[tasks.a]\nmodel = "m"\nclasses = ["cat"]\n', "at least two"),
         ('[tasks.a]\nmodel = "m"\nclasses = ["cat", "dog", "cat"]\n', "given twice: cat"),
+        (
+            '[tasks.a]\nmodel = "m"\nclasses = "dress"\n',
+            """classes = 'dress': input should be a list, such as ["dress"]""",
+        ),
         ("[predict]\nbatch_size = true\n", "predict.batch_size = True"),
         ("[policies.p]\nmargin = 0.5\nrandom = 0.4\n", "policies.p: the shares must add up to 1.0; they add up to 0.9"),
         ("[policies.p]\nmargn = 1.0\n", "did you mean margin?"),
