@@ -39,7 +39,7 @@ from winnow.masks import LabelMap
 from winnow.schemas import TABLES
 from winnow_connectors.ledger import Run, digest_of
 from winnow_connectors.object_store import ObjectStores
-from winnow_jobs.cluster import check_address, check_all_nodes_see, is_local, ray_cluster
+from winnow_jobs.cluster import check_all_nodes_see, is_local, ray_cluster
 from winnow_jobs.predict import Asked, begin, pending_sql, work_off
 from winnow_jobs.resources import plan_copies
 from winnow_jobs.spec import ReadSpec, reading
@@ -314,9 +314,6 @@ def _check_before_the_start(workspace: Workspace, spec: AugmentSpec) -> None:
     workspace.stores.at(spec.destination).create(key, json.dumps(note, indent=1).encode())
     folders = [uri for uri in (workspace.warehouse.store.uri, spec.destination) if uri.startswith("file:")]
     if is_local():
-        return
-    if not folders:
-        check_address()
         return
     with ray_cluster() as nodes:
         for folder in folders:

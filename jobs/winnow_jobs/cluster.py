@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import secrets
 import socket
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,9 @@ from winnow.errors import CallError, JobError
 from winnow_jobs.resources import Node
 
 _CONNECT_TIMEOUT_S = 5.0
+
+_CHATTER = re.compile(rb"\[[\d-]+ [\d:,]+ [A-Z] \d+ \d+\] (\(\w+\) )?\w+\.cc:\d+: ")
+"""A line of Ray's C++ part: ``[2026-01-31 09:45:12,345 W 123 123] gcs_client.cc:210: …``."""
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +51,10 @@ def ray_cluster(*, num_cpus: int | None = None) -> Iterator[list[Node]]:
         if is_local():
             options |= {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
         else:
-            check_address()
+            _check_address()
         try:
-            ray.init(**options)
+            with _without_chatter():
+                ray.init(**options)
         except ConnectionError as error:
             raise _cannot_join(error) from None
         except Exception as error:
@@ -86,6 +93,28 @@ def quieten_ray(*names: str) -> None:
             is_rays = type(handler).__module__.startswith("ray.")
             if is_rays and isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
                 handler.setLevel(logging.CRITICAL)
+
+
+@contextlib.contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Leave out what Ray's C++ part writes to standard error, such as twenty lines about one wrong token.
+
+    It writes to the file descriptor itself, at first without heeding any level. All else is shown after the block.
+    """
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as held:
+        shown = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(shown, 2)
+            os.close(shown)
+            held.seek(0)
+            for line in held:
+                if not _CHATTER.match(line):
+                    os.write(2, line)
 
 
 def _exists(path: Path) -> bool:
@@ -135,7 +164,7 @@ def is_local() -> bool:
     return os.environ.get("RAY_ADDRESS", "") in ("", "local")
 
 
-def check_address() -> None:
+def _check_address() -> None:
     """Refuse an address where nothing listens: Ray would try for more than ten minutes.
 
     Raises:

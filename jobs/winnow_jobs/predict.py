@@ -30,7 +30,7 @@ from winnow.models.loading import obtain_weights
 from winnow.models.references import ResolvedModel
 from winnow_connectors.ledger import Plan, Run, digest_of, new_run_id, totals
 from winnow_connectors.query import QueryEngine
-from winnow_jobs.cluster import check_address, check_all_nodes_see, is_local, ray_cluster
+from winnow_jobs.cluster import check_all_nodes_see, is_local, ray_cluster
 from winnow_jobs.progress import Progress
 from winnow_jobs.resources import Node, plan_batch_size, plan_fragment_rows, plan_resources
 from winnow_jobs.spec import PredictSpec, ReadSpec, make_spec, views_of
@@ -257,18 +257,17 @@ def check_before_the_start(workspace: Workspace, models: Iterable[ResolvedModel]
     """What would fail in the workers, found while nothing is begun.
 
     Raises:
-        CallError: nobody answers at the cluster's address, or its nodes do not share the folder of the warehouse.
+        CallError: the cluster cannot be joined, or its nodes do not share the folder of the warehouse.
         JobError: published weights cannot be had.
     """
     if is_local():
         for model in models:
             if model.source != "checkpoint":  # whose file was just read
                 obtain_weights(model, fetch=workspace.stores.download)
-    elif workspace.warehouse.uri.startswith("file:"):
-        with ray_cluster() as nodes:
+        return
+    with ray_cluster() as nodes:
+        if workspace.warehouse.uri.startswith("file:"):
             check_all_nodes_see(Path(uris.local_path(workspace.warehouse.uri)), nodes)
-    else:
-        check_address()
 
 
 def versions_by_task(versions: Sequence[str], tasks: Iterable[str]) -> dict[str, str]:

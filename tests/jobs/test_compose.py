@@ -378,6 +378,8 @@ def test_without_the_token_nobody_gets_in(composed: Composed, workspace: Workspa
     done = winnow(composed, "predict", "--retry-failures=all", RAY_AUTH_TOKEN=secrets.token_hex(32))
     assert done.returncode == 2
     assert "its token is missing or wrong" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert winnow(composed, "runs", "--json").stdout.count('"open"') == 0
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"http://127.0.0.1:{composed.port('ray-head 8265')}/api/version", timeout=10)
 
