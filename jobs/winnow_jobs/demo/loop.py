@@ -235,7 +235,7 @@ class Loop:
         result = self.workspace.ingest([source], pattern=PATTERN)
         yield result.verdict
         (reserve,) = self.workspace.query("SELECT count(*) AS n FROM current_images WHERE audit")["n"].to_pylist()
-        yield f"{reserve:,} images are kept back for the blind audit, by hash"
+        yield f"{reserve:,} images in all are kept back for the blind audit, by hash"
 
     def _write_labels(self) -> Iterator[str]:
         """What a team has when it begins: a few labels, and a test set that it trusts. None of the audit reserve."""
@@ -391,7 +391,8 @@ class Loop:
     def _pull(self, task: str) -> Iterator[str]:
         yield f"$ winnow review pull --task {task}"
         for result in self.workspace.pull(task=task):
-            yield f"{result.num_created:,} answers, {result.num_corrected:,} of them correct the model"
+            corrected = f", {result.num_corrected:,} of them correct the model" if result.num_corrected else ""
+            yield f"{result.num_created:,} answers{corrected}"
 
     def _accept(self) -> Iterator[str]:
         yield f"$ winnow accept {FLAW} --max-error 0.1"
