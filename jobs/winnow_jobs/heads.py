@@ -57,6 +57,9 @@ MOST_FEATURES = 4000
 
 _FOLDS = 5
 
+_LATE = 32
+"""Images of a batch of features that may be read, but not yet told."""
+
 
 @dataclass(frozen=True)
 class Learned:
@@ -120,6 +123,7 @@ class HeadJob:
         self.seconds: dict[str, float] = {}
         self._examples: list[str] = []
         self._skipped: Counter[str] = Counter()
+        self._missing: list[str] = []
         self._warnings: list[str] = []
 
     def warn(self, sentence: str) -> None:
@@ -161,6 +165,7 @@ class HeadJob:
                 self.num_unlabelled += len(featured.images)
                 tell()
             tell()
+            self._check_skipped()
         self.seconds["features"] = time.monotonic() - started
 
     def _skip(self, image: Read) -> None:
@@ -172,14 +177,17 @@ class HeadJob:
         assert image.error is not None
         self._skipped[image.error.kind] += 1
         if FAILURE_KINDS[image.error.kind].systemic:
-            num_seen = self.num_unlabelled + sum(self._skipped.values())
-            check_left_out(
-                self._skipped,
-                [_example(image.row["uri"], image.error.message)],
-                num_seen,
-                self.reading.max_failure_share,
-                what="images without labels",
-            )
+            self._missing.append(_example(image.row["uri"], image.error.message))
+            # Good images are told a batch later than bad ones.
+            if len(self._missing) > self.reading.max_failure_share * (self._num_asked() + _LATE):
+                self._check_skipped()
+
+    def _num_asked(self) -> int:
+        return self.num_unlabelled + sum(self._skipped.values())
+
+    def _check_skipped(self) -> None:
+        share = self.reading.max_failure_share
+        check_left_out(self._skipped, self._missing[:1], self._num_asked(), share, what="images without labels")
 
     def fail(self, image: Read) -> None:
         """Leave an image out.

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from winnow import __version__
-from winnow.errors import CallError, JobError, WinnowError
+from winnow.errors import CallError, JobError, StoppedError, WinnowError
 from winnow.models.cards import BASE, Card, Head, LabelsSnapshot, parse_version, version_name
 from winnow.models.references import ResolvedModel, resolve_backbone
 from winnow.splits import SPLITS
@@ -152,7 +152,13 @@ def train(
         run = ledger.join([work], digest)
         if run is not None:
             logger.info("run %s is open with the same labels; %s", run.run_id, "doing it again" if head else "going on")
-            return work_off(workspace, run)
+            try:
+                return work_off(workspace, run)
+            except StoppedError as error:
+                raise StoppedError(
+                    f"{error}. Run {run.run_id} keeps the images that it began with: if some are gone for good, give "
+                    f"it up with `winnow runs abandon {run.run_id}`, then train again"
+                ) from None
         run_id = new_run_id("train")
         workspace.warehouse.store.put(f"runs/{run_id}/{LABELS}", labels.to_parquet())
         if head and config.kind == "classification":
