@@ -306,7 +306,7 @@ def _check_before_the_start(workspace: Workspace, spec: AugmentSpec) -> None:
     """What would fail in the workers, found while nothing is begun; leaves the policy beside the copies.
 
     Raises:
-        CallError: nobody answers at the cluster's address, or its nodes do not share a folder.
+        CallError: the cluster cannot be joined, or its nodes do not share a folder.
         StorageError: the destination cannot be written to.
     """
     note = {"policy": spec.policy.to_dict(), "copies": "PARENT-POLICY-NUMBER; see parent in the table images"}

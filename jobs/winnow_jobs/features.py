@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_BATCH = 32
+BATCH = 32
 """Images that are in memory as pixels at once; each thread computes a part of them."""
 
 _FLOAT16_MOST = 65504.0
@@ -83,7 +83,7 @@ class FeatureReader:
 
     def read(self, rows: Sequence[Row], on_error: Callable[[Read], None]) -> Iterator[Featured]:
         """Images with their features; those that fail, also for features that are not finite, go to ``on_error``."""
-        for batch in in_batches(self.reader.read(rows), _BATCH, on_error):
+        for batch in in_batches(self.reader.read(rows), BATCH, on_error):
             pixels_NHWC = np.stack([image.views[0] for image in batch if image.views is not None])
             parts = list(
                 self._threads.map(self._features, np.array_split(pixels_NHWC, min(self._num_threads, len(batch))))

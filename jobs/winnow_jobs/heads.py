@@ -26,7 +26,7 @@ from winnow.models.references import ResolvedModel
 from winnow.splits import SPLITS
 from winnow.uncertainty import softmax
 from winnow_connectors.ledger import digest_of
-from winnow_jobs.features import Featured, FeatureReader, MappedArrays
+from winnow_jobs.features import BATCH, Featured, FeatureReader, MappedArrays
 from winnow_jobs.labelled import LabelledImages
 from winnow_jobs.mask_labels import read_masks
 from winnow_jobs.measuring import (
@@ -56,9 +56,6 @@ MOST_FEATURES = 4000
 """Features of so many images tell in which directions they vary; images without labels are read as far as they lack."""
 
 _FOLDS = 5
-
-_LATE = 32
-"""Images of a batch of features that may be read, but not yet told."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +176,7 @@ class HeadJob:
         if FAILURE_KINDS[image.error.kind].systemic:
             self._missing.append(_example(image.row["uri"], image.error.message))
             # Good images are told a batch later than bad ones.
-            if len(self._missing) > self.reading.max_failure_share * (self._num_asked() + _LATE):
+            if len(self._missing) > self.reading.max_failure_share * (self._num_asked() + BATCH):
                 self._check_skipped()
 
     def _num_asked(self) -> int:

@@ -168,8 +168,8 @@ def carry_out(workspace: Workspace, call: IngestCall) -> IngestResult:
                 )
             if changes.num_vanished and not tally.num_listed:
                 logger.warning(
-                    "nothing is listed there any more, so all %s images of it count as vanished; if it was "
-                    "not mounted or named wrongly: the next ingest that lists them brings them back with their answers",
+                    "nothing is listed there any more, so all %s images of it count as vanished; was it not "
+                    "mounted? The next ingest that lists them brings them back with their answers",
                     f"{changes.num_vanished:,}",
                 )
             is_own = run is None
